@@ -1,0 +1,64 @@
+# Environment, build, main job, tests and benchmarks. A second call of any target reinstalls and rebuilds nothing.
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= runs/digits
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CSRC := $(wildcard csrc/*.cpp csrc/*.hpp)
+
+.PHONY: help run test lint bench gpu clean
+
+help:
+	@echo "make run     environment, build, the digits job and its report (last line printed: the report's path)"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, mypy --strict, clang-format"
+	@echo "make bench   CPU benchmarks beside torch, results in bench/results"
+	@echo "make gpu     Triton tests and benchmarks with this machine's own Python (GPU_PYTHON=...), no environment, no network"
+	@echo "make clean   remove the environment, the build and every cache; runs/ is kept"
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowfast needs Python >= 3.11: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The package itself, editable, with what the main job needs. It compiles the extension too, hence both stamps.
+$(VENV)/.base: constraints.txt pyproject.toml setup.py | $(PY)
+	$(PIP) setuptools wheel pybind11
+	$(PIP) --no-build-isolation --editable '.[report,data]'
+	@touch $@ $(VENV)/.core
+
+$(VENV)/.core: $(CSRC) setup.py | $(VENV)/.base
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Only requirements, so that the extension is not compiled a second time.
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) $$($(PY) -c "import tomllib; \
+	extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	print(*extras['dev'], *extras['gpu'])")
+	@touch $@
+
+run: $(VENV)/.base $(VENV)/.core
+	@$(VENV)/bin/flowfast digits --out $(RUN_DIR)
+
+test: $(VENV)/.dev $(VENV)/.core
+	$(PY) -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+
+bench: $(VENV)/.dev $(VENV)/.core
+	$(PY) -m bench
+
+# The machine's own Python: triton, torch and pytest must be there; results go to $OUT where it is set.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	FLOWFAST_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_triton.py
+	$(GPU_PYTHON) -m bench --device cuda --out "$${OUT:-bench/results}"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info flowfast/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
