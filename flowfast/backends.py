@@ -1,0 +1,64 @@
+"""Which of the three bodies of an operation runs: C++, Triton or the plain-torch reference.
+
+`_cpp`, `_triton` and `reference` hold functions of the same names and signatures. This module picks the one that
+serves a device and a request, and refuses with the command that mends it: nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from flowfast import _cpp, _triton, reference
+
+BACKENDS = ("auto", "cpp", "triton", "reference")
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """Name the backend that serves `device` when the caller asks for `backend`.
+
+    Args:
+        backend: "auto" (Triton on CUDA, C++ on CPU), "cpp", "triton" or "reference".
+        device: where the points live.
+
+    Returns:
+        "cpp", "triton" or "reference".
+
+    Raises:
+        ValueError: unknown backend, one that cannot serve the device, or one that is not built.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "reference":
+        return "reference"
+    if backend == "auto":
+        natural = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+        if natural is None:
+            raise ValueError(f"no compiled backend serves device {device.type!r}: pass backend='reference'")
+        backend = natural
+    if backend == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpp' works on CPU tensors, x is on {device}: move x or use backend='auto'")
+        if not _cpp.available():
+            raise ValueError(_cpp.missing_message())
+        return "cpp"
+    if device.type != "cuda" and not _triton.interpreting():
+        raise ValueError(f"backend 'triton' works on CUDA tensors, x is on {device}: move x or use backend='auto'")
+    if not _triton.available():
+        raise ValueError(_triton.missing_message())
+    return "triton"
+
+
+def body(name: str) -> ModuleType:
+    """The module that holds the bodies of backend `name` ("cpp", "triton" or "reference")."""
+    return {"cpp": _cpp, "triton": _triton, "reference": reference}[name]
+
+
+def serve(backend: str, device: torch.device, op: str) -> ModuleType:
+    """The module whose function `op` serves this request; raises like `choose`, and when the kernel does not exist."""
+    name = choose(backend, device)
+    module = body(name)
+    if name == "triton" and not _triton.supports(op):
+        raise ValueError(f"{op} has no Triton kernel yet: pass backend='reference' for tensors on {device}")
+    return module

@@ -1,0 +1,168 @@
+"""The compiled kernels as torch operators of the namespace `flowfast`: fake, autograd and vmap rules.
+
+Each operator takes x (n, d), [v (n, d),] means (k, d), log_weights (k,), alpha and std (float64, () or (n,)); its
+gradient reaches x (and v). The rules are compositions of these same operators, so every order of derivative exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowfast import backends
+
+_Saved = tuple[Tensor, ...]
+
+
+def _shape_rows(x: Tensor, *rest: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0])
+
+
+def _shape_points(x: Tensor, *rest: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _shape_weights(x: Tensor, means: Tensor, *rest: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], means.shape[0])
+
+
+def _define(name: str, arguments: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    schema = "(" + ", ".join(f"Tensor {argument}" for argument in arguments.split()) + ") -> Tensor"
+
+    def run(backend: str) -> Callable[..., Tensor]:
+        def body(x: Tensor, *rest: Tensor) -> Tensor:
+            module = backends.serve(backend, x.device, name)
+            return getattr(module, name)(x.contiguous(), *(tensor.contiguous() for tensor in rest))  # type: ignore[no-any-return]
+
+        return body
+
+    op = torch.library.custom_op(f"flowfast::{name}", run("cpp"), mutates_args=(), device_types="cpu", schema=schema)
+    op.register_kernel("cuda")(run("triton"))
+    op.register_fake(fake)
+    op.register_vmap(lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args))
+    return op
+
+
+_ARGUMENTS = "x means log_weights alpha std"
+log_density = _define("log_density", _ARGUMENTS, _shape_rows)
+score = _define("score", _ARGUMENTS, _shape_points)
+posterior_mean = _define("posterior_mean", _ARGUMENTS, _shape_points)
+covariance_trace = _define("covariance_trace", _ARGUMENTS, _shape_rows)
+posterior_weights = _define("posterior_weights", _ARGUMENTS, _shape_weights)
+hessian_vector_product = _define("hessian_vector_product", "x v means log_weights alpha std", _shape_points)
+
+OPERATORS = {
+    "log_density": log_density,
+    "score": score,
+    "posterior_mean": posterior_mean,
+    "covariance_trace": covariance_trace,
+    "posterior_weights": posterior_weights,
+    "hessian_vector_product": hessian_vector_product,
+}
+
+
+def call(op: str, backend: str, tensors: list[Tensor]) -> Tensor:
+    """Run operator `op` on tensors of one device; `backend` is "cpp" or "triton" (interpreted on CPU tensors)."""
+    if backend == "triton" and tensors[0].device.type == "cpu":
+        return getattr(backends.body(backend), op)(*(tensor.contiguous() for tensor in tensors))  # type: ignore[no-any-return]
+    return OPERATORS[op](*tensors)
+
+
+def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], args: _Saved) -> tuple[Tensor, int]:
+    """Fold the mapped dimension into the rows when the mixture is shared; one call per entry otherwise."""
+    shared = all(dim is None for dim in in_dims[-4:-2])
+    moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(args, in_dims, strict=True)]
+    if not shared:
+        entries = ([a if d is None else a[i] for a, d in zip(moved, in_dims, strict=True)] for i in range(size))
+        return torch.stack([op(*entry) for entry in entries]), 0
+    n = args[0].shape[0] if in_dims[0] is None else moved[0].shape[1]
+    points, (means, log_weights, *scales) = moved[:-4], moved[-4:]
+    flat = [
+        (p.expand(size, *p.shape) if d is None else p).reshape(size * n, -1)
+        for p, d in zip(points, in_dims, strict=False)
+    ]
+    scales = [
+        s if s.ndim == 0 else _rows(s, d is not None, size, n) for s, d in zip(scales, in_dims[-2:], strict=True)
+    ]
+    out = op(*flat, means, log_weights, *scales)
+    return out.reshape(size, n, *out.shape[1:]), 0
+
+
+def _rows(scale: Tensor, mapped: bool, size: int, n: int) -> Tensor:
+    if mapped and scale.ndim == 1:
+        scale = scale[:, None]
+    return scale.expand(size, n).reshape(-1)
+
+
+def _per_row(value: Tensor) -> Tensor:
+    return value if value.ndim == 0 else value[:, None]
+
+
+def _save(ctx: Any, inputs: _Saved, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _refuse_own(ctx: Any, first: int) -> None:
+    if any(ctx.needs_input_grad[first:]):
+        raise ValueError(
+            "flowfast operators carry gradients to points only: call the functions of flowfast, which send mixtures "
+            "that require grad to the reference"
+        )
+
+
+def _log_density_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_own(ctx, 1)
+    *inputs, _ = ctx.saved_tensors
+    return g[:, None] * score(*inputs), None, None, None, None
+
+
+def _score_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_own(ctx, 1)
+    x, *mixture, _ = ctx.saved_tensors
+    return hessian_vector_product(x, g, *mixture), None, None, None, None
+
+
+def _posterior_mean_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_own(ctx, 1)
+    x, *mixture, _ = ctx.saved_tensors
+    alpha, std = (_per_row(value).to(x.dtype) for value in mixture[2:])
+    return (std**2 * hessian_vector_product(x, g, *mixture) + g) / alpha, None, None, None, None
+
+
+def _posterior_weights_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_own(ctx, 1)
+    _, means, _, alpha, std, weights = ctx.saved_tensors
+    pull = weights * (g - (weights * g).sum(1, keepdim=True))  # (n, k)
+    return _per_row(alpha / std**2).to(g.dtype) * (pull @ means), None, None, None, None
+
+
+def _hessian_vector_product_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_own(ctx, 2)
+    x, v, means, log_weights, alpha, std, _ = ctx.saved_tensors
+    mixture = (means, log_weights, alpha, std)
+    grad_x = None
+    if ctx.needs_input_grad[0]:  # the third derivative: a posterior third moment
+        weights = posterior_weights(x, *mixture)
+        a, b = g @ means.T, v @ means.T  # (n, k)
+        a = a - (weights * a).sum(1, keepdim=True)
+        b = b - (weights * b).sum(1, keepdim=True)
+        third = weights * a * b
+        mean = weights @ means
+        grad_x = _per_row((alpha / std**2) ** 3).to(g.dtype) * (third @ means - third.sum(1, keepdim=True) * mean)
+    grad_v = hessian_vector_product(x, g, *mixture) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_v, None, None, None, None
+
+
+def _no_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    raise ValueError("the covariance trace has no compiled gradient: pass backend='reference'")
+
+
+log_density.register_autograd(_log_density_backward, setup_context=_save)  # type: ignore[attr-defined]
+score.register_autograd(_score_backward, setup_context=_save)  # type: ignore[attr-defined]
+posterior_mean.register_autograd(_posterior_mean_backward, setup_context=_save)  # type: ignore[attr-defined]
+covariance_trace.register_autograd(_no_backward, setup_context=_save)  # type: ignore[attr-defined]
+posterior_weights.register_autograd(_posterior_weights_backward, setup_context=_save)  # type: ignore[attr-defined]
+hessian_vector_product.register_autograd(_hessian_vector_product_backward, setup_context=_save)  # type: ignore[attr-defined]

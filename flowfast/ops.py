@@ -1,0 +1,228 @@
+"""Pointwise operations on a mixture: density, posterior, score, Hessian. Each is one fused pass over the components.
+
+Every function takes x of shape (..., d), float32 or float64 (bfloat16 and float16 are computed in float32), and gives
+back x's dtype and device. Accuracy against float64, per row and norm-wise: error <= max(1e-10, 64 eps (1 + |m|/std)),
+eps that of the dtype computed in, for any x, also half-way between means, and for any std down to 1e-8; see
+tests/tolerances.py. Gradients reach x through the compiled kernels; when the mixture's own means, weights or std
+require grad the reference computes instead (slower, memory n k).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowfast import operators, reference
+from flowfast.backends import choose
+from flowfast.mixture import GaussianMixture
+from flowfast.process import OUProcess, Times
+
+BoundKind = Literal["trace", "global", "exact"]
+
+
+def posterior_weights(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Posterior probabilities of the components given x, also called responsibilities.
+
+    Args:
+        x: points (..., d). mixture: of k components in dimension d. backend: "auto", "cpp", "triton" or "reference".
+
+    Returns:
+        (..., k), non-negative, rows sum to one; `softmax_k(log w_k - |x - m_k|^2 / (2 std^2))`.
+
+    Raises:
+        TypeError, ValueError: x is no floating tensor, has another last dimension or device, or the backend is missing.
+
+    Source: arXiv 2606.03820, Proposition 1.
+    """
+    return _pointwise("posterior_weights", x, mixture, backend)
+
+
+def log_density(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Log-density of the mixture at x (nats): (...,). Arguments and errors as in `posterior_weights`."""
+    return _pointwise("log_density", x, mixture, backend)
+
+
+def score(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Gradient of the log-density, `(posterior_mean(x) - x) / std^2`: (..., d).
+
+    Arguments and errors as in `posterior_weights`. Differentiable twice and more in x.
+    Source: arXiv 2606.03820, Proposition 1.
+    """
+    return _pointwise("score", x, mixture, backend)
+
+
+def posterior_mean(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Posterior average of the component means, `sum_k gamma_k(x) means_k`: (..., d).
+
+    Arguments and errors as in `posterior_weights`. For the expected data point given a noisy one see `denoise`.
+    """
+    return _pointwise("posterior_mean", x, mixture, backend)
+
+
+def hessian_vector_product(x: Tensor, v: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Hessian of the log-density at x times v, without forming the Hessian: (..., d).
+
+    Args:
+        x: points (..., d). v: vectors of x's shape, dtype and device. mixture, backend: as in `posterior_weights`.
+
+    Source: arXiv 2606.03820, Proposition 1: `H = Cov_gamma(m) / std^4 - I / std^2`.
+    """
+    check_points(x, mixture)
+    if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype != x.dtype or v.device != x.device:
+        got = f"{tuple(v.shape)} {v.dtype} {v.device}" if isinstance(v, Tensor) else type(v).__name__
+        raise ValueError(f"v must match x in shape, dtype and device, {tuple(x.shape)} {x.dtype} {x.device}; got {got}")
+    return _pointwise("hessian_vector_product", x, mixture, backend, v)
+
+
+def hessian_norm_bound(
+    x: Tensor, mixture: GaussianMixture, *, kind: BoundKind = "trace", backend: str = "auto"
+) -> Tensor:
+    """Upper bound on the spectral norm of the Hessian of the log-density at x: (...,).
+
+    Args:
+        x: points (..., d). mixture, backend: as in `posterior_weights`.
+        kind: "global" from the diameter alone, "trace" from the posterior covariance's trace (one pass), "exact" the
+            norm itself by Lanczos iteration on Hessian-vector products (float64; exact for d <= 64 or k <= 64).
+
+    Raises:
+        ValueError: unknown kind, and as in `posterior_weights`.
+
+    Source: arXiv 2606.03820, Proposition 2 (global); trace: lambda_max(C) <= min(tr C, D^2 / 4), docs/math.md Eq. 5.
+    """
+    if kind not in ("trace", "global", "exact"):
+        raise ValueError(f"kind must be 'trace', 'global' or 'exact'; got {kind!r}")
+    rows = check_points(x, mixture)
+    if kind == "exact":
+        return _lanczos_norm(rows, mixture, backend).reshape(x.shape[:-1]).to(x.dtype)
+    slack = 1 + 64 * torch.finfo(working_dtype(x.dtype)).eps  # rounding must not take the bound below the norm it bounds
+    precision = mixture.std.double().to(x.device) ** -2
+    largest = slack * mixture.diameter(backend=backend) ** 2 / 4 * torch.ones(x.shape[:-1], device=x.device).double()
+    if kind == "trace":
+        largest = torch.minimum(largest, slack * _pointwise("covariance_trace", x, mixture, backend).double())
+    return (slack * torch.maximum(precision, largest * precision**2 - precision)).to(x.dtype)
+
+
+def covariance_trace(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """Trace of the posterior covariance of the means, `sum_k gamma_k |m_k|^2 - |mbar|^2`: (...,).
+
+    Arguments and errors as in `posterior_weights`. Bounds its largest eigenvalue from above (docs/math.md Eq. 5).
+    """
+    return _pointwise("covariance_trace", x, mixture, backend)
+
+
+def denoise(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, *, backend: str = "auto") -> Tensor:
+    """Expected data point given the noisy one, `E[X_0 | X_t = x]`: (..., d).
+
+    Args:
+        x: points (..., d) at time t. mixture: the law of the data. process: the forward process.
+        t: time >= 0 (0 is data), a number or a tensor that broadcasts with x's leading dimensions.
+
+    Raises:
+        ValueError: t negative or of another shape, and as in `posterior_weights`.
+    """
+    alpha, std = _at(x, mixture, process, t)
+    average = _pointwise("posterior_mean", x, mixture, backend, alpha=alpha, std=std)
+    gain = alpha * mixture.std.to(alpha) ** 2 / std**2  # of a component's own Gaussian conditioning
+    gain, alpha = _like(gain, x), _like(alpha, x)
+    return average + gain * (x - alpha * average)
+
+
+def velocity(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, *, backend: str = "auto") -> Tensor:
+    """Right-hand side of the probability-flow ODE, `-beta(t) (x + score of p_t at x)`: (..., d).
+
+    Arguments as in `denoise`. Source: arXiv 2606.03820, section 3.2.
+    """
+    alpha, std = _at(x, mixture, process, t)
+    slope = _pointwise("score", x, mixture, backend, alpha=alpha, std=std)
+    return -_like(process.beta(t).to(x.device), x) * (x + slope)
+
+
+def _pointwise(
+    op: str, x: Tensor, mixture: GaussianMixture, backend: str, v: Tensor | None = None,
+    alpha: Tensor | None = None, std: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    rows = check_points(x, mixture)
+    dtype = working_dtype(x.dtype)
+    if alpha is None or std is None:
+        alpha, std = torch.ones((), dtype=torch.float64, device=x.device), mixture.std.to(x.device, torch.float64)
+    alpha, std = _flat(alpha, x), _flat(std, x)
+    tensors = [rows.to(dtype), mixture.means.to(dtype), mixture.log_weights.to(dtype), alpha, std]
+    if v is not None:
+        tensors.insert(1, v.reshape(rows.shape).to(dtype))
+    name = choose(backend, x.device)
+    own = any(tensor.requires_grad for tensor in tensors[-4:])  # the mixture's or the times' own gradients
+    beyond = op == "covariance_trace" and x.requires_grad
+    if name == "reference" or own or beyond:
+        out: Tensor = getattr(reference, op)(*tensors)
+    else:
+        out = operators.call(op, name, tensors)
+    return out.reshape(x.shape[:-1] + out.shape[1:]).to(x.dtype)
+
+
+def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
+    """The points as rows (n, d), after the checks that every operation makes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch tensor; got {type(x).__name__}: convert with torch.as_tensor")
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"mixture must be a GaussianMixture; got {type(mixture).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating; got {x.dtype}: convert with .float()")
+    if x.ndim == 0 or x.shape[-1] != mixture.dim:
+        raise ValueError(f"x must have shape (..., {mixture.dim}), as the mixture's means; got {tuple(x.shape)}")
+    if x.device != mixture.device:
+        raise ValueError(f"x is on {x.device}, the mixture on {mixture.device}: move one, e.g. mixture.to(x.device)")
+    return x.reshape(-1, x.shape[-1])
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _at(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times) -> tuple[Tensor, Tensor]:
+    """Signal factor and standard deviation at time t, float64 on x's device."""
+    check_points(x, mixture)
+    alpha, std = process.alpha(t), process.std(t, mixture.std)
+    try:
+        fits = torch.broadcast_shapes(alpha.shape, x.shape[:-1]) == x.shape[:-1]
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"t must be a number or broadcast to {tuple(x.shape[:-1])}; got shape {tuple(alpha.shape)}")
+    return alpha.to(x.device), std.to(x.device)
+
+
+def _flat(value: Tensor, x: Tensor) -> Tensor:
+    return value if value.ndim == 0 else value.expand(x.shape[:-1]).reshape(-1)
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """A per-point number as something that multiplies x."""
+    return value.to(x.dtype) if value.ndim == 0 else value.expand(x.shape[:-1])[..., None].to(x.dtype)
+
+
+def _lanczos_norm(rows: Tensor, mixture: GaussianMixture, backend: str, most: int = 64) -> Tensor:
+    """Spectral norm of the Hessian at each row (n,), by Lanczos with full reorthogonalisation, float64."""
+    x, exact = rows.detach().double(), mixture.to(torch.float64)
+    steps = min(x.shape[1], most)
+    generator = torch.Generator(x.device).manual_seed(0)
+    draws = torch.randn(steps, *x.shape, generator=generator, dtype=torch.float64, device=x.device)
+    basis = [draws[0] / draws[0].norm(dim=1, keepdim=True)]
+    images = [hessian_vector_product(x, basis[0], exact, backend=backend)]
+    for draw in draws[1:]:
+        following = _orthogonal(images[-1], basis)
+        spent = following.norm(dim=1, keepdim=True) <= 1e-8 * images[-1].norm(dim=1, keepdim=True)
+        following = _orthogonal(torch.where(spent, draw, following), basis)  # a spent Krylov space is entered anew
+        basis.append(following / following.norm(dim=1, keepdim=True))
+        images.append(hessian_vector_product(x, basis[-1], exact, backend=backend))
+    vectors, products = torch.stack(basis, 1), torch.stack(images, 1)  # (n, steps, d)
+    projected = vectors @ products.mT
+    return torch.linalg.eigvalsh((projected + projected.mT) / 2).abs().amax(1)
+
+
+def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
+    for _ in range(2):
+        for direction in basis:
+            vector = vector - (vector * direction).sum(1, keepdim=True) * direction
+    return vector
