@@ -52,7 +52,8 @@ def choose(backend: str, device: torch.device) -> str:
 
 def body(name: str) -> ModuleType:
     """The module that holds the bodies of backend `name` ("cpp", "triton" or "reference")."""
-    return {"cpp": _cpp, "triton": _triton, "reference": reference}[name]
+    modules: dict[str, ModuleType] = {"cpp": _cpp, "triton": _triton, "reference": reference}
+    return modules[name]
 
 
 def serve(backend: str, device: torch.device, op: str) -> ModuleType:

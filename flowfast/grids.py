@@ -29,8 +29,9 @@ def time_grid(
     Args:
         mixture: law of the data. process: forward process. n: number of segments, >= 1. horizon: T > 0.
         kind: "uniform" in t; "balanced", equal shares of the paper's cumulative stability A; "signed", of its sharper
-            signed form; "measured", of A with the worst case D^2/4 replaced by the mixture's own mean of
-            lambda_max(C) under p_t (bounded by tr C, sampled with a fixed seed).
+            signed form; "measured", of the exponent in y = x / s with the worst case D^2/4 replaced by the mixture's
+            own mean of lambda_max(C) under p_t (bounded by tr C, sampled with a fixed seed): the change of scale,
+            which every student can make exactly, is left out, and the points gather where the posterior decides.
 
     Returns:
         (n + 1,) float64, decreasing from horizon (noise) to 0 (data); both ends exact.
@@ -102,12 +103,16 @@ def _measured_times(mixture: GaussianMixture, process: OUProcess, shares: Tensor
     last = process.snr_root(horizon, sigma0).log()
     log_r = torch.linspace(-math.log(sigma0), float(last), _NODES, dtype=torch.float64)  # from data to noise
     log_alpha = -torch.log1p(((-2 * log_r).exp() - sigma0**2).clamp(min=0)) / 2
-    t = torch.tensor([time_of_log_alpha(process, value) or 0.0 for value in log_alpha.tolist()]).double().clamp(max=horizon)
+    t = (
+        torch.tensor([time_of_log_alpha(process, value) or 0.0 for value in log_alpha.tolist()])
+        .double()
+        .clamp(max=horizon)
+    )
     t[-1] = horizon
     std = process.std(t, sigma0)
-    rate = measured_spread(mixture, process, t) / std**2  # of the exponent, per unit of log r
+    rate = measured_spread(mixture, process, t) / std**2  # of the exponent in y, per unit of log r (Eq. 8)
     pieces = (rate[1:] + rate[:-1]) / 2 * -log_r.diff()
-    cumulative = (std / sigma0).log().abs() + torch.cat([rate.new_zeros(1), pieces.cumsum(0)])
+    cumulative = torch.cat([rate.new_zeros(1), pieces.cumsum(0)])
     if not float(cumulative[-1]) > 0:
         return None
     at = torch.from_numpy(np.interp((shares * cumulative[-1]).numpy(), cumulative.numpy(), log_r.numpy()))
@@ -116,7 +121,7 @@ def _measured_times(mixture: GaussianMixture, process: OUProcess, shares: Tensor
 
 
 def _last_expansion(mixture: GaussianMixture, process: OUProcess) -> float:
-    """The time after which the signed exponent falls: `D_0^2 / 4 = (1 - sigma0^2) s_t^2`; infinite when it never does."""
+    """The time after which the signed exponent falls, `D_0^2 / 4 = (1 - sigma0^2) s_t^2`; infinite if it never does."""
     sigma0, widest = float(mixture.std.detach()), mixture.diameter() ** 2 / 4
     if sigma0 >= 1 or widest >= 1 - sigma0**2:
         return math.inf

@@ -51,9 +51,7 @@ class GaussianMixture:
         return mixture
 
     @classmethod
-    def random(
-        cls, k: int, d: int, *, half_width: float = 5.0, std: float = 1.0, seed: int = 0
-    ) -> GaussianMixture:
+    def random(cls, k: int, d: int, *, half_width: float = 5.0, std: float = 1.0, seed: int = 0) -> GaussianMixture:
         """The mixture of the paper's experiments: k means uniform in [-half_width, half_width]^d, float32.
 
         Args:
@@ -132,7 +130,8 @@ class GaussianMixture:
         from flowfast import mixture_files
 
         mixture_files.write(
-            Path(path), {"means": self.means.detach(), "std": self.std.detach(), "weights": self.log_weights.detach().exp()}
+            Path(path),
+            {"means": self.means.detach(), "std": self.std.detach(), "weights": self.log_weights.detach().exp()},
         )
 
     @property
@@ -211,7 +210,9 @@ def _as_floats(name: str, value: ArrayLike) -> Tensor:
 def _as_std(std: float | Tensor | np.floating[Any]) -> Tensor:
     if isinstance(std, Tensor):
         if std.ndim != 0 or not std.is_floating_point():
-            raise ValueError(f"std must be a number or a 0-dim floating tensor; got shape {tuple(std.shape)}, {std.dtype}")
+            raise ValueError(
+                f"std must be a number or a 0-dim floating tensor; got shape {tuple(std.shape)}, {std.dtype}"
+            )
         tensor = std
     else:
         try:

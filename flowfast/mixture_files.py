@@ -45,7 +45,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
         part.write_bytes(save(tensors))
     elif path.suffix == ".npz":
         with part.open("wb") as stream:
-            np.savez(stream, **{name: tensor.numpy() for name, tensor in tensors.items()})
+            np.savez(stream, means=tensors["means"], std=tensors["std"], weights=tensors["weights"])
     else:
         raise ValueError(f"path must end in .safetensors or .npz; got {path}")
     os.replace(part, path)

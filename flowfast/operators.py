@@ -84,9 +84,7 @@ def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...],
         (p.expand(size, *p.shape) if d is None else p).reshape(size * n, -1)
         for p, d in zip(points, in_dims, strict=False)
     ]
-    scales = [
-        s if s.ndim == 0 else _rows(s, d is not None, size, n) for s, d in zip(scales, in_dims[-2:], strict=True)
-    ]
+    scales = [s if s.ndim == 0 else _rows(s, d is not None, size, n) for s, d in zip(scales, in_dims[-2:], strict=True)]
     out = op(*flat, means, log_weights, *scales)
     return out.reshape(size, n, *out.shape[1:]), 0
 

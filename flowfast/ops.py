@@ -96,7 +96,9 @@ def hessian_norm_bound(
     rows = check_points(x, mixture)
     if kind == "exact":
         return _lanczos_norm(rows, mixture, backend).reshape(x.shape[:-1]).to(x.dtype)
-    slack = 1 + 64 * torch.finfo(working_dtype(x.dtype)).eps  # rounding must not take the bound below the norm it bounds
+    slack = (
+        1 + 64 * torch.finfo(working_dtype(x.dtype)).eps
+    )  # rounding must not take the bound below the norm it bounds
     precision = mixture.std.double().to(x.device) ** -2
     largest = slack * mixture.diameter(backend=backend) ** 2 / 4 * torch.ones(x.shape[:-1], device=x.device).double()
     if kind == "trace":
@@ -177,6 +179,7 @@ def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that points of `dtype` are computed in: their own, or float32 for 16-bit points."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -218,7 +221,8 @@ def _lanczos_norm(rows: Tensor, mixture: GaussianMixture, backend: str, most: in
         images.append(hessian_vector_product(x, basis[-1], exact, backend=backend))
     vectors, products = torch.stack(basis, 1), torch.stack(images, 1)  # (n, steps, d)
     projected = vectors @ products.mT
-    return torch.linalg.eigvalsh((projected + projected.mT) / 2).abs().amax(1)
+    norm: Tensor = torch.linalg.eigvalsh((projected + projected.mT) / 2).abs().amax(1)
+    return norm
 
 
 def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:

@@ -74,7 +74,9 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
 def test_torch_and_sklearn_mixtures_convert() -> None:
     from sklearn.mixture import GaussianMixture as SklearnMixture
 
-    mixture = GaussianMixture(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double(), 0.4, [1.0, 2.0, 1.0])
+    mixture = GaussianMixture(
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double(), 0.4, [1.0, 2.0, 1.0]
+    )
     again = GaussianMixture.from_torch(mixture.to_torch())
     x = mixture.sample(50, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(again.means, mixture.means)

@@ -1,4 +1,4 @@
-"""Pointwise operations as torch citizens: shapes, dtypes, gradients, compile, vmap; and agreement with the reference."""
+"""Pointwise operations as torch citizens: shapes, dtypes, gradients, compile, vmap; agreement with the reference."""
 
 from __future__ import annotations
 
@@ -156,6 +156,8 @@ def test_compile_and_vmap() -> None:
     times = torch.linspace(0.1, 1, 8, dtype=torch.float64)
     mapped = torch.func.vmap(lambda row, t: flowfast.velocity(row, mixture, PROCESS, t))(x, times)
     torch.testing.assert_close(mapped, flowfast.velocity(x, mixture, PROCESS, times))
-    hessian = torch.func.vmap(torch.func.hessian(lambda row: flowfast.log_density(row, mixture, backend="reference")))(x)
+    hessian = torch.func.vmap(torch.func.hessian(lambda row: flowfast.log_density(row, mixture, backend="reference")))(
+        x
+    )
     columns = [flowfast.hessian_vector_product(x, e.expand_as(x).contiguous(), mixture) for e in torch.eye(5).double()]
     torch.testing.assert_close(hessian, torch.stack(columns, -1))

@@ -15,7 +15,9 @@ T = torch.tensor([0.0, 1e-9, 0.1, 0.5, 1.0], dtype=torch.float64)
 def test_constant_beta_in_closed_form() -> None:
     process = OUProcess(5.0)
     torch.testing.assert_close(process.alpha(T), torch.exp(-5 * T))
-    exact = torch.tensor([math.sqrt(math.exp(-10 * t) * 1e-16 - math.expm1(-10 * t)) for t in T.tolist()], dtype=torch.float64)
+    exact = torch.tensor(
+        [math.sqrt(math.exp(-10 * t) * 1e-16 - math.expm1(-10 * t)) for t in T.tolist()], dtype=torch.float64
+    )
     torch.testing.assert_close(process.std(T, 1e-8), exact, rtol=1e-15, atol=0)
     assert process.snr_root(0.0, 0.25) == 4 and process.beta(0.3) == 5
 

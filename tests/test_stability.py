@@ -34,7 +34,9 @@ def test_cumulative_stability_is_the_integral_of_the_profile(sigma0: float, sche
 
     for t in (0.05, 1.0):
         cuts = [math.log(t) + k for k in range(-40, 1)]
-        total = sum(quad(rate_per_log_time, *ends, epsrel=1e-12, epsabs=0)[0] for ends in zip(cuts, cuts[1:], strict=False))
+        total = sum(
+            quad(rate_per_log_time, *ends, epsrel=1e-12, epsabs=0)[0] for ends in zip(cuts, cuts[1:], strict=False)
+        )
         assert float(cumulative_stability(mixture, process, t)) == pytest.approx(total, rel=1e-9)
 
 
