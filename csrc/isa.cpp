@@ -1,0 +1,30 @@
+// The kernels of one instruction set. Compiled once per set with its own flags and its own FLOWFAST_ISA.
+#include "flow_adaptive.hpp"
+#include "pairs.hpp"
+#include "screen.hpp"
+
+#define FLOWFAST_TEXT(name) #name
+#define FLOWFAST_NAME(name) FLOWFAST_TEXT(name)
+
+namespace flowfast::FLOWFAST_ISA {
+namespace {
+
+template <class T>
+void fixed(const FlowJob<T>& job, Work& work, Arena& arena) {
+  job.gram ? flow_fixed<T, SpanForm<T>>(job, work, arena) : flow_fixed<T, FullForm<T>>(job, work, arena);
+}
+
+template <class T>
+void adaptive(const FlowJob<T>& job, Work& work, Arena& arena) {
+  job.gram ? Adaptive<T, SpanForm<T>>(job, work, arena).run() : Adaptive<T, FullForm<T>>(job, work, arena).run();
+}
+
+template <class T>
+constexpr Kernels<T> table{B<T>, posterior<T>, gram<T>, fixed<T>, adaptive<T>, diameter<T>, exponential_array<T>};
+
+}  // namespace
+
+extern const Isa kernels;
+const Isa kernels{FLOWFAST_NAME(FLOWFAST_ISA), &table<float>, &table<double>};
+
+}  // namespace flowfast::FLOWFAST_ISA

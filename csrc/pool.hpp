@@ -1,0 +1,40 @@
+// Threads of our own: a static pool that survives fork, gives every call the thread count it asks for, passes
+// exceptions on and joins at exit. Results never depend on which worker does which rows.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace flowfast {
+
+// Rows 0 .. rows - 1, handed out in runs of `grain`.
+class Work {
+ public:
+  Work(int64_t rows, int64_t grain) : rows_(rows), grain_(grain) {}
+
+ private:
+  friend bool next_rows(Work&, int64_t&, int64_t&);
+  std::atomic<int64_t> next_{0};
+  const int64_t rows_, grain_;
+};
+
+class Arena {
+ public:
+  void* take(size_t bytes);
+
+ private:
+  struct Release {
+    void operator()(void* block) const;
+  };
+  std::vector<std::unique_ptr<void, Release>> blocks_;
+};
+
+// Runs body(worker) for worker = 0 .. threads - 1, the caller being worker 0. Nested or concurrent calls run all on the
+// caller. Rethrows the first exception a worker threw.
+void run_workers(int threads, const std::function<void(int)>& body);
+
+}  // namespace flowfast
