@@ -1,0 +1,5 @@
+"""Few-step students: networks that replace the segments of a probability flow. They are given numbers only."""
+
+from flowfast.students.flow_student import FlowStudent as FlowStudent
+from flowfast.students.flow_student import SegmentTable as SegmentTable
+from flowfast.students.mlp import MLP as MLP

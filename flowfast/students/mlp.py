@@ -1,0 +1,78 @@
+"""The feed-forward network of the paper's experiments."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["relu", "relu-requ"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+
+class MLP(nn.Module):
+    """`depth` hidden layers of `width`, then a linear layer; Xavier-uniform weights, zero biases, float32.
+
+    Args:
+        dim_in: numbers in.
+        dim_out: numbers out.
+        width: units of each hidden layer, >= 1.
+        depth: hidden layers, >= 1.
+        activation: "relu", or "relu-requ", which alternates ReLU, ReQU (the square of ReLU), ReLU, ...
+        generator: source of the weights, on the CPU; None draws a fresh seed from the operating system (the global
+            generator is never touched).
+
+    Raises:
+        TypeError, ValueError: a size that is no int >= 1, or an unknown activation.
+
+    Source: arXiv 2606.03820, section 6.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        width: int = 512,
+        depth: int = 4,
+        activation: Activation = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim_in", dim_in), ("dim_out", dim_out), ("width", width), ("depth", depth)):
+            check_size(name, size)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        sizes = [dim_in, *[width] * depth, dim_out]
+        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self._squared = [activation == "relu-requ" and layer % 2 == 1 for layer in range(depth)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., dim_in) to (..., dim_out)."""
+        *hidden, last = self.layers
+        for layer, squared in zip(hidden, self._squared, strict=True):
+            x = torch.relu_(layer(x))
+            if squared:
+                x = x * x
+        out: Tensor = last(x)
+        return out
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise unless `size` is an int of at least 1."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an int; got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1; got {size}")
+
+
+def _linear(dim_in: int, dim_out: int, generator: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(dim_in, dim_out, device="meta")  # elsewhere it would draw from the global generator
+    layer.to_empty(device="cpu")
+    nn.init.xavier_uniform_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,153 @@
+"""The optimisation of a student as a pure function of its pairs: recipe, learning rate, step, state on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from flowfast.storage import differences, read_tensors, write_tensors
+from flowfast.students import FlowStudent
+from flowfast.students.mlp import ACTIVATIONS, Activation, check_size
+
+Schedule = Literal["one-cycle", "constant"]
+_SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+_RISE, _START, _END = 0.3, 1 / 25, 1 / 25e4  # of the one-cycle schedule: share of steps, first and last rate over peak
+_FORMAT = {"format": "flowfast training", "version": 1}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is built and trained.
+
+    Args:
+        steps: optimiser steps, >= 1.
+        batch_size: pairs per segment and step, >= 1.
+        width, depth, activation: of the network, see `MLP`.
+        preconditioned, shared: see `FlowStudent`.
+        learning_rate: peak of AdamW's learning rate, > 0.
+        schedule: "one-cycle" rises to the peak over 30 % of the steps and falls to nothing, both as a cosine (torch's
+            OneCycleLR); "constant" stays at the peak.
+        clip_norm: bound on the gradient norm of each network, > 0.
+        weight_decay: of AdamW, >= 0; it decays the weights by learning_rate * weight_decay per step.
+
+    Raises:
+        TypeError, ValueError: a value of another kind or range, by name.
+    """
+
+    steps: int = 2_000
+    batch_size: int = 64
+    width: int = 512
+    depth: int = 4
+    activation: Activation = "relu"
+    preconditioned: bool = True
+    shared: bool = True
+    learning_rate: float = 2e-3
+    schedule: Schedule = "one-cycle"
+    clip_norm: float = 1.0
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse values of another kind or range."""
+        for name in ("steps", "batch_size", "width", "depth"):
+            check_size(name, getattr(self, name))
+        for name in ("preconditioned", "shared"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        for name, known in (("activation", ACTIVATIONS), ("schedule", _SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name, least in (("learning_rate", "above 0"), ("clip_norm", "above 0"), ("weight_decay", "at least 0")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number; got {value!r}")
+            if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
+                raise ValueError(f"{name} must be finite and {least}; got {value}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, 0 to steps - 1."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        top, last = _RISE * self.steps - 1, self.steps - 1
+        low, climbed = (_START, step / top) if step <= top else (_END, (last - step) / (last - top))
+        return self.learning_rate * (low + (1 - low) * (1 - math.cos(math.pi * climbed)) / 2)
+
+
+class Trainer:
+    """A student under AdamW, one optimiser and one gradient clip per network, so that separate networks stay separate.
+
+    Args:
+        student: trained in place.
+        recipe: its settings.
+    """
+
+    def __init__(self, student: FlowStudent, recipe: Recipe) -> None:
+        self.student, self.recipe, self.done = student, recipe, 0
+        self._weights = [list(network.parameters()) for network in student.networks]
+        self._optimisers = [
+            torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+            for weights in self._weights
+        ]
+
+    def step(self, x_from: Tensor, x_to: Tensor) -> Tensor:
+        """Take one optimiser step on pairs (m, b, d); returns the loss before it, mean over segments, 0-dim."""
+        losses = self.student.losses(x_from, x_to)  # (m,)
+        rate = self.recipe.learning_rate_at(self.done)
+        for optimiser in self._optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        (losses.mean() if self.student.shared else losses.sum()).backward()
+        for optimiser, weights in zip(self._optimisers, self._weights, strict=True):
+            nn.utils.clip_grad_norm_(weights, self.recipe.clip_norm, foreach=True)
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.step()
+        self.done += 1
+        return losses.detach().mean()
+
+    def write(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Leave everything that later steps depend on in one file at `path`: weights, AdamW's moments, step."""
+        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
+        for name, weight, state in self._states():
+            tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in _MOMENTS}
+        write_tensors(path, tensors, {**_FORMAT, "step": self.done, "settings": dict(settings)})
+
+    def read(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Go on from `path`.
+
+        Raises:
+            ValueError: no checkpoint, a damaged one, or one of other settings (the fields are named).
+        """
+        tensors, about = read_tensors(path, "checkpoint")
+        if {name: about.get(name) for name in _FORMAT} != _FORMAT or not isinstance(about.get("settings"), dict):
+            raise ValueError(f"checkpoint: {path} is no training state of this version: choose another file")
+        differing = differences(about["settings"], settings)
+        if differing:
+            raise ValueError(f"checkpoint: {path} is of another training ({differing}): choose another file")
+        try:
+            self._restore(tensors, int(about["step"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"checkpoint: {path} is damaged ({error}): delete it to start again") from error
+
+    def _restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        prefix = "student."
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self.student.load_state_dict(weights)
+        for name, weight, state in self._states():
+            state["step"] = torch.tensor(float(step), device=weight.device)
+            for moment in _MOMENTS:
+                state[moment] = torch.empty_like(weight).copy_(tensors[f"{moment}.{name}"])
+        self.done = step
+
+    def _states(self) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Name, weight and optimiser state of every parameter."""
+        names = {id(weight): name for name, weight in self.student.named_parameters()}
+        return [
+            (names[id(weight)], weight.detach(), optimiser.state[weight])
+            for optimiser, weights in zip(self._optimisers, self._weights, strict=True)
+            for weight in weights
+        ]
