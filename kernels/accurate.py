@@ -1,0 +1,45 @@
+"""Error-free transformations: pieces of arithmetic whose rounding error is computed too, for float64 operands.
+
+Written without fused multiply-add, so that the interpreter, which has none, gives the same digits as a GPU; a compiler
+that fuses some of the products changes nothing but the last bit of the error term.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b = s + e exactly."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@triton.jit
+def _halves(a):
+    c = a * 134217729.0  # 2^27 + 1: both parts have at most 26 bits, and products of parts are exact
+    high = c - (c - a)
+    return high, a - high
+
+
+@triton.jit
+def two_product(a, b):
+    """a * b = p + e exactly, for |a|, |b| < 2^996."""
+    p = a * b
+    ah, al = _halves(a)
+    bh, bl = _halves(b)
+    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+@triton.jit
+def sum_pairs(high, low, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr):
+    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, as accurate as twice the precision."""
+    for i in tl.static_range(LOG_D):
+        h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+        l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+        high, error = two_sum(h0, h1)
+        low = (l0 + l1) + error
+    return tl.reshape(high + low, (BLOCK_N, BLOCK_K))

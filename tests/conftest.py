@@ -1,0 +1,18 @@
+"""What must be settled before any test imports triton or torch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Triton decides at its own import whether kernels are interpreted, so this stands before every other import.
+# FLOWFAST_TEST_DEVICE=cuda (make gpu) runs the same tests compiled, on a GPU.
+if os.environ.get("FLOWFAST_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Let pyproject's `timeout` be known, and without effect, where pytest-timeout is not there."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take (needs pytest-timeout)")
