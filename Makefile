@@ -13,7 +13,7 @@ help:
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make bench   CPU benchmarks beside torch, results in bench/results"
-	@echo "make gpu     Triton tests and benchmarks with this machine's own Python (GPU_PYTHON=...), no environment, no network"
+	@echo "make gpu     Triton tests and benchmarks on a GPU with the machine's own Python (GPU_PYTHON), no network"
 	@echo "make clean   remove the environment, the build and every cache; runs/ is kept"
 
 $(PY):
@@ -52,12 +52,14 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.core
 	$(PY) -m bench
 
-# The machine's own Python: triton, torch and pytest must be there; results go to $OUT where it is set.
+# The machine's own Python, as it is: it needs torch, triton, pytest and pybind11. Results go to $OUT where that is set.
+# GPU_DEVICE=cpu rehearses the same steps without a GPU, kernels interpreted.
 GPU_PYTHON ?= python3
+GPU_DEVICE ?= cuda
 gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	FLOWFAST_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_triton.py
-	$(GPU_PYTHON) -m bench --device cuda --out "$${OUT:-bench/results}"
+	FLOWFAST_TEST_DEVICE=$(GPU_DEVICE) $(GPU_PYTHON) -m pytest -W default tests/test_triton.py
+	$(GPU_PYTHON) -m bench --device $(GPU_DEVICE) --out "$${OUT:-bench/results}"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flowfast/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
