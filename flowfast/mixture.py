@@ -111,7 +111,8 @@ class GaussianMixture:
         """Read a mixture from a file.
 
         Args:
-            path: .npy or .csv (means only: std is needed), .npz or .safetensors (means; std and weights if present).
+            path: .npy or .csv (means only: std is needed), .npz or .safetensors (means; std, weights or log_weights if
+                present).
             std: standard deviation, overrides the file's.
 
         Raises:
@@ -123,16 +124,18 @@ class GaussianMixture:
         std = std if std is not None else arrays.get("std")
         if std is None:
             raise ValueError(f"std is needed: {path} holds no 'std', pass std=")
-        return cls(arrays["means"], float(std), arrays.get("weights"))
+        logs = torch.as_tensor(arrays["log_weights"]) if "log_weights" in arrays else None
+        mixture = cls(arrays["means"], float(std), arrays.get("weights") if logs is None else logs.exp())
+        if logs is not None and abs(float(logs.logsumexp(0))) < 1e-12:  # as `save` wrote them, kept to the bit
+            mixture.log_weights = logs.double()
+        return mixture
 
     def save(self, path: str | Path) -> None:
-        """Write means, std and weights as .safetensors (or .npz) at `path`; read back by `load` to the same bits."""
+        """Write means, std and log_weights as .safetensors (or .npz) at `path`; `load` reads back the same bits."""
         from flowfast import mixture_files
 
-        mixture_files.write(
-            Path(path),
-            {"means": self.means.detach(), "std": self.std.detach(), "weights": self.log_weights.detach().exp()},
-        )
+        parts = {"means": self.means, "std": self.std, "log_weights": self.log_weights}
+        mixture_files.write(Path(path), {name: tensor.detach() for name, tensor in parts.items()})
 
     @property
     def weights(self) -> Tensor:
@@ -228,13 +231,15 @@ def _as_std(std: float | Tensor | np.floating[Any]) -> Tensor:
 def _as_log_weights(weights: ArrayLike | None, means: Tensor) -> Tensor:
     k = means.shape[0]
     if weights is None:
-        return torch.full((k,), -math.log(k), dtype=torch.float64, device=means.device)
-    values = _as_floats("weights", weights).to(means.device)
+        return torch.full((k,), 1 / k, dtype=torch.float64, device=means.device).log()
+    values = _as_floats("weights", weights).to(means.device, torch.float64)
     if values.shape != (k,):
         raise ValueError(f"weights must have shape ({k},), one per mean; got {tuple(values.shape)}")
     plain = values.detach()
-    if not bool(torch.isfinite(plain).all()) or bool((plain < 0).any()) or float(plain.sum()) <= 0:
+    total = float(plain.sum())
+    if not math.isfinite(total) or bool((plain < 0).any()) or total <= 0:
         raise ValueError("weights must be finite, non-negative and have a positive sum")
-    live = values > 0
-    logs = torch.where(live, values.double(), 1.0).log() - values.double().sum().log()
-    return logs.masked_fill(~live, -math.inf)
+    if values.requires_grad or abs(total - 1) > 4 * k * torch.finfo(torch.float64).eps:
+        values = values / values.sum()  # weights that sum to one keep their bits, so that a file reads back the same
+    live = plain > 0
+    return torch.where(live, values, 1.0).log().masked_fill(~live, -math.inf)

@@ -1,19 +1,21 @@
-"""Files that hold a mixture: .npy and .csv (means), .npz and .safetensors (means, std, weights). No pickle."""
+"""Files that hold a mixture: .npy and .csv (means), .npz and .safetensors (means, std, log_weights). No pickle."""
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from flowfast.storage import write_bytes
+
 KINDS = (".npy", ".npz", ".safetensors", ".csv")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Arrays "means" (always), "std" and "weights" (where present) of the file at `path`.
+    """Arrays "means" (always), "std", "weights" and "log_weights" (where present) of the file at `path`.
 
     Raises:
         ValueError: no such file, unknown kind, unreadable contents, or no means in it.
@@ -37,18 +39,18 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: another kind of file.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    part = path.with_name(f".{path.name}.part")
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save
 
-        part.write_bytes(save(tensors))
+        content = save(plain)
     elif path.suffix == ".npz":
-        with part.open("wb") as stream:
-            np.savez(stream, means=tensors["means"], std=tensors["std"], weights=tensors["weights"])
+        stream = io.BytesIO()
+        np.savez(stream, **{name: tensor.numpy() for name, tensor in plain.items()})  # type: ignore[arg-type]
+        content = stream.getvalue()
     else:
         raise ValueError(f"path must end in .safetensors or .npz; got {path}")
-    os.replace(part, path)
+    write_bytes(path, content)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

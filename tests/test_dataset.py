@@ -213,7 +213,7 @@ def _misplace(folder):
         (lambda f: _plan(f, rows="many"), "plan.json is damaged"),
         (lambda f: _plan(f, times=[0.0, 1.0]), "plan.json is damaged .times must decrease"),
         (lambda f: _plan(f, extra=1), "plan.json is damaged"),
-        (lambda f: (f / "mixture.safetensors").unlink(), "mixture.safetensors does not exist"),
+        (lambda f: (f / "mixture.safetensors").unlink(), "mixture.safetensors is not the mixture of the plan"),
         (lambda f: _plan(f, mixture="0"), "mixture.safetensors is not the mixture of the plan"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowfast import backends
-from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, grid_times, mixture_digest, shard_path, write_mixture
+from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, grid_times, mixture_digest, shard_path
 from flowfast.dataset.teacher_dataset import TeacherDataset, open_shard
 from flowfast.flow import flow_map
 from flowfast.mixture import GaussianMixture
@@ -59,7 +59,7 @@ def generate_dataset(
     folder = Path(path)
     _claim(folder, plan)
     if not (folder / MIXTURE).is_file():
-        write_mixture(folder, mixture)
+        mixture.save(folder / MIXTURE)
     missing = [shard for shard in range(plan.n_shards) if not _stands(folder, plan, shard)]
     done = plan.rows - sum(plan.rows_of(shard) for shard in missing)
     if progress is not None:

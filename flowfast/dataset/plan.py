@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowfast.mixture import GaussianMixture
-from flowfast.storage import read_json, read_tensors, write_json, write_tensors
+from flowfast.storage import read_json, write_json
 
 FORMAT = "flowfast teacher set"
 VERSION = 1
@@ -109,24 +109,16 @@ def grid_times(times: Tensor | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def write_mixture(folder: Path, mixture: GaussianMixture) -> None:
-    """Write the mixture beside the plan. Logs of the weights stand beside them: weights alone lose their last bit."""
-    tensors = {name: getattr(mixture, name) for name in ("means", "std", "weights", "log_weights")}
-    write_tensors(folder / MIXTURE, tensors, {})
-
-
 def read_mixture(folder: Path, plan: Plan) -> GaussianMixture:
     """The plan's mixture, to the same bits.
 
     Raises:
         ValueError: it is missing, damaged, or not the plan's.
     """
-    tensors, _ = read_tensors(folder / MIXTURE, "teacher set")
     try:
-        means, std, log_weights = (tensors[name] for name in ("means", "std", "log_weights"))
-        mixture = GaussianMixture._of(means, std, log_weights)
+        mixture = GaussianMixture.load(folder / MIXTURE)
         fits = mixture_digest(mixture) == plan.mixture
-    except (KeyError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(f"teacher set: {folder / MIXTURE} is not the mixture of the plan: generate the set again")
