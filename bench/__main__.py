@@ -26,13 +26,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the points, to see that it runs")
     options = parser.parse_args()
     console, results = Console(width=100), {}
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
     with torch.inference_mode():
         for case in cases(options.device, quick=options.quick):
             timings = measure(case, seconds=options.seconds)
             results[case.name] = as_json(timings)
             console.print(table(case.name, timings))
     name = processor(options.device)
-    report = {"processor": name, "cores": os.cpu_count(), **machine(), "versions": versions(), "cases": results}
+    report = {"processor": name, "cores": cores, "load_at_start": load, **machine(), "versions": versions()}
+    report["cases"] = results
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{options.device}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -32,8 +32,8 @@ def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
         yield score_case(n // 16 if quick else n, 1.0, device)
     yield score_case(256 if quick else 4_096, 0.01, device)
     if device == "cpu":
-        yield flow_case(256 if quick else 4_096, 1.0)
-        yield flow_case(256 if quick else 4_096, 0.01)
+        yield flow_case(64 if quick else 1_024, 1.0)
+        yield flow_case(64 if quick else 1_024, 0.01)
 
 
 def score_case(n: int, std: float, device: str) -> Case:

@@ -20,7 +20,8 @@ struct PosteriorBlock {
   T *mean, *through;                 // (stride, B) sum e_k m_k;  sum e_k (m_k.v) m_k
   T *result, *tile_wide;             // (B, stride) an output as rows;  (stride, B) the same in lanes
   double* scratch;                   // (2 d + k,)
-  double alpha[B<T>], std[B<T>], norm[B<T>];
+  double alpha[B<T>], std[B<T>];
+  alignas(kVectorBytes) T norm[B<T>];  // |x - alpha center|
   alignas(kVectorBytes) T top[B<T>], second_top[B<T>], sum[B<T>], second[B<T>], along[B<T>];
   alignas(kVectorBytes) int64_t leader[B<T>];
   bool exact[B<T>];  // row is done by refine_row
@@ -35,7 +36,7 @@ PosteriorBlock<T> make_block(const PosteriorJob<T>& job, Arena& arena) {
   b.directions = job.hvp ? take<T>(arena, B<T> * c.stride) : nullptr;
   b.tile = take<T>(arena, B<T> * kComponents<T>);
   b.through_tile = take<T>(arena, B<T> * kComponents<T>);
-  b.kept = job.weights ? take<T>(arena, B<T> * c.k_pad) : nullptr;
+  b.kept = job.weights ? take<T>(arena, B<T> * (c.k_pad + W<T>)) : nullptr;
   b.mean = take<T>(arena, B<T> * c.stride);
   b.through = take<T>(arena, B<T> * c.stride);
   b.result = take<T>(arena, B<T> * c.stride);
@@ -58,12 +59,16 @@ void load_block(const PosteriorJob<T>& job, int64_t begin, int64_t count, Poster
     const double alpha = b.alpha[lane];
     for (int64_t j = 0; j < c.d; ++j) row[j] = T(double(x[j]) - alpha * center[j]);
     for (int64_t j = c.d; j < c.stride; ++j) row[j] = 0;
-    b.norm[lane] = __builtin_sqrt(double(row_dot(row, row, c.stride)));
     if (!job.hvp) continue;
     T* direction = b.result + lane * c.stride;
     for (int64_t j = 0; j < c.d; ++j) direction[j] = job.v[i * c.d + j];
   }
   rows_to_lanes(b.centred, c.stride, b.points);
+  for (int p = 0; p < P; ++p) {
+    Vec<T> square{};
+    for (int64_t j = p * W<T>; j < c.d * B<T>; j += B<T>) square += at(b.points + j) * at(b.points + j);
+    at(b.norm + p * W<T>) = square_root(square);
+  }
   if (job.hvp) rows_to_lanes(b.result, c.stride, b.directions);
 }
 

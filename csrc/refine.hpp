@@ -50,23 +50,23 @@ void add_component(Sums& s, const T* mean, const T* leader, const T* v, int64_t 
 
 // Fills the sums (first and through zeroed by the caller) and, where wanted, relative (k,): l_k - l_a or -inf.
 template <class T>
-Sums sum_components(const Components<T>& c, const Point<T>& at_point, double* first, double* through,
-                    double* relative) {
+Sums sum_components(const Components<T>& c, const Point<T>& point, double* first, double* through, double* relative) {
   Sums s{0, 1, 0, 0, first, through};
-  const int64_t a = at_point.leader;
+  if (point.collapsed && !relative) return s;
+  const int64_t a = point.leader;
   const T* leader = c.means + c.index[a] * c.d;
-  const double gain = at_point.alpha / (at_point.std * at_point.std);
+  const double gain = point.alpha / (point.std * point.std);
   for (int64_t k = 0; k < c.k; ++k) {
     if (relative) relative[k] = k == a ? 0.0 : -__builtin_inf();
-    if (k == a || at_point.collapsed) continue;
-    const double dot = row_dot(c.rows + k * c.stride, at_point.centred, c.stride);
-    const double cheap = gain * (dot - at_point.alpha * double(c.half_norms[k])) + double(c.log_weights[k]);
-    if (cheap < at_point.top - at_point.window) continue;
+    if (k == a || point.collapsed) continue;
+    const double dot = row_dot(c.rows + k * c.stride, point.centred, c.stride);
+    const double cheap = gain * (dot - point.alpha * double(c.half_norms[k])) + double(c.log_weights[k]);
+    if (cheap < point.top - point.window) continue;
     const T* mean = c.means + c.index[k] * c.d;
     const double logit = double(c.log_weights[k]) - double(c.log_weights[a]) +
-                         gain * separation(mean, leader, at_point.x, at_point.alpha, c.d);
+                         gain * separation(mean, leader, point.x, point.alpha, c.d);
     if (relative) relative[k] = logit;
-    add_component(s, mean, leader, at_point.v, c.d, logit);
+    add_component(s, mean, leader, point.v, c.d, logit);
   }
   return s;
 }

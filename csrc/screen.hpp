@@ -112,13 +112,23 @@ void write_weights(const PosteriorJob<T>& job, PosteriorBlock<T>& b, int64_t beg
       Vec<T>& value = at(b.kept + k * B<T> + p * W<T>);
       value = exponential(value - at(b.top + p * W<T>)) / at(b.sum + p * W<T>);
     }
-  for (int64_t lane = 0; lane < count; ++lane) {
-    if (b.exact[lane]) continue;
-    T* to = job.weights + (begin + lane) * c.k_all;
-    if (c.k < c.k_all)
-      for (int64_t k = 0; k < c.k_all; ++k) to[k] = 0 * b.sum[lane];  // NaN in a non-finite row
-    for (int64_t k = 0; k < c.k; ++k) to[c.index[k]] = b.kept[k * B<T> + lane];
-  }
+  alignas(kVectorBytes) T rows[W<T> * W<T>];
+  for (int64_t lane = 0; lane < count && c.k < c.k_all; ++lane)
+    for (int64_t k = 0; k < c.k_all; ++k)
+      job.weights[(begin + lane) * c.k_all + k] = 0 * b.sum[lane];  // NaN in a non-finite row
+  for (int64_t k = 0; k < c.k; k += W<T>)
+    for (int64_t start = 0; start < count; start += W<T>) {
+      const int64_t width = c.k - k < W<T> ? c.k - k : W<T>;
+      transpose_square(b.kept + k * B<T> + start, B<T>, rows, W<T>);
+      for (int64_t lane = start; lane < count && lane < start + W<T>; ++lane) {
+        T* to = job.weights + (begin + lane) * c.k_all;
+        const T* from = rows + (lane - start) * W<T>;
+        if (c.k == c.k_all)
+          for (int64_t l = 0; l < width; ++l) to[k + l] = from[l];
+        else
+          for (int64_t l = 0; l < width; ++l) to[c.index[k + l]] = from[l];
+      }
+    }
 }
 
 template <class T>
@@ -139,6 +149,7 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
         b.exact[lane] = !verdicts[lane].cheap || (vectors && verdicts[lane].collapsed);
       }
       find_cancellation(job, b, verdicts);
+      if (job.weights) write_weights(job, b, begin, count);  // exact rows are overwritten below
       for (int64_t lane = 0; lane < count; ++lane) {
         const int64_t i = begin + lane;
         const Verdict& verdict = verdicts[lane];
@@ -165,7 +176,6 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       write_output(job, b, begin, count, Output::score, job.score);
       write_output(job, b, begin, count, Output::posterior_mean, job.posterior_mean);
       write_output(job, b, begin, count, Output::hvp, job.hvp);
-      if (job.weights) write_weights(job, b, begin, count);
     }
   }
 }

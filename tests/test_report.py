@@ -148,7 +148,7 @@ def test_pictures_keep_every_pixel(dark: bool) -> None:
     ("value", "text"),
     [
         (0.0871234, "0.0871"), (12345.6, "12,300"), (1.0, "1.00"), (0.9999, "1.00"), (99.96, "100"),
-        (1.234e-7, "1.23 × 10⁻⁷"), (5e9, "5 × 10⁹"), (0, "0"), (-23.14, "−23.1"), (float("inf"), "inf"),
+        (1.234e-7, "1.23 × 10⁻⁷"), (5e9, "5.00 × 10⁹"), (0, "0"), (-23.14, "−23.1"), (float("inf"), "inf"),
     ],
 )  # fmt: skip
 def test_numbers_have_three_digits(value: float, text: str) -> None:

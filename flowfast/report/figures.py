@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from flowfast.report.numbers import number, power_of_ten
+from flowfast.report.numbers import number, power_of_ten, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,4 +263,4 @@ def _powers(axes: Axes, which: str) -> None:
 
 def _between(value: float) -> str:
     lead = value / 10 ** np.floor(np.log10(value))
-    return number(value) if round(lead) in (2, 5) else ""
+    return short(value) if round(lead) in (2, 5) else ""

@@ -19,13 +19,13 @@ def number(value: float, digits: int = 3) -> str:
     if -4 < power < 6:
         decimals = max(0, digits - 1 - power)
         return f"{float(f'{value:.{digits - 1}e}'):,.{decimals}f}"
-    return f"{mantissa.rstrip('0').rstrip('.')} × 10{str(power).translate(SUPERSCRIPTS)}"
+    return f"{mantissa} × 10{str(power).translate(SUPERSCRIPTS)}"
 
 
 def short(value: float) -> str:
     """Like `number` without trailing zeros: 1, 0.75, 0.0115; for times and settings."""
-    text = number(value)
-    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
+    mantissa, times, power = number(value).partition(" ×")
+    return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + times + power
 
 
 def power_of_ten(value: float) -> str:
