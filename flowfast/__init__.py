@@ -1,31 +1,38 @@
-"""Exact Gaussian-mixture scores and probability flows, and few-step students distilled from them."""
+"""Exact Gaussian-mixture scores and probability flows, and few-step students distilled from them.
 
-from flowfast.dataset import TeacherDataset, generate_dataset
-from flowfast.distill import Evaluation, Recipe, distill, evaluate
-from flowfast.flow import FlowSolution, flow_map, solve_flow
-from flowfast.grids import time_grid
-from flowfast.metrics import relative_mse
-from flowfast.mixture import GaussianMixture
-from flowfast.ops import (
-    covariance_trace,
-    denoise,
-    hessian_norm_bound,
-    hessian_vector_product,
-    log_density,
-    posterior_mean,
-    posterior_weights,
-    score,
-    velocity,
-)
-from flowfast.process import OUProcess
-from flowfast.stability import (
-    StabilityRegimes,
-    cumulative_stability,
-    signed_stability,
-    stability_profile,
-    stability_regimes,
-)
-from flowfast.students import MLP, FlowStudent
+The public names below are imported on first use, so that the command line can answer before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowfast.dataset import TeacherDataset, generate_dataset
+    from flowfast.distillation import Evaluation, Recipe, distill, evaluate
+    from flowfast.flow import FlowSolution, flow_map, solve_flow
+    from flowfast.grids import time_grid
+    from flowfast.metrics import relative_mse
+    from flowfast.mixture import GaussianMixture
+    from flowfast.ops import (
+        covariance_trace,
+        denoise,
+        hessian_norm_bound,
+        hessian_vector_product,
+        log_density,
+        posterior_mean,
+        posterior_weights,
+        score,
+        velocity,
+    )
+    from flowfast.process import OUProcess
+    from flowfast.stability import (
+        StabilityRegimes,
+        cumulative_stability,
+        signed_stability,
+        stability_profile,
+        stability_regimes,
+    )
+    from flowfast.students import MLP, FlowStudent
 
 __version__ = "0.1.0"
 
@@ -60,3 +67,21 @@ __all__ = [
     "time_grid",
     "velocity",
 ]
+
+_ROOMS = ("ops", "flow", "mixture", "process", "stability", "grids", "students", "dataset", "distillation", "metrics")
+
+
+def __getattr__(name: str) -> object:
+    """Find a public name in the room that defines it."""
+    if name in __all__:
+        for room in _ROOMS:
+            module = import_module(f"flowfast.{room}")
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'flowfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*globals(), *__all__])

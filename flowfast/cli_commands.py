@@ -13,7 +13,7 @@ import numpy as np
 
 from flowfast import backends, cli_tables, doctor
 from flowfast.cli import Command, Digits, Distill, Doctor, JobOptions, Report, Sample, Stability, UsageError
-from flowfast.distill import Recipe
+from flowfast.distillation import Recipe
 from flowfast.experiments import (
     FolderError,
     JobResult,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowfast import _cpp, _triton, backends, ops
-from flowfast.distill import Recipe, distill, evaluate
+from flowfast.distillation import Recipe, distill, evaluate
 from flowfast.experiments.machine import PACKAGES, machine, versions
 from flowfast.flow import flow_map
 from flowfast.grids import time_grid

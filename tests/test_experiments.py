@@ -18,7 +18,7 @@ import torch
 from tiny_job import IMAGES, MIXTURE, PROCESS, SETTINGS, finished, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from flowfast import GaussianMixture, flow_map, posterior_weights
-from flowfast.distill import Recipe
+from flowfast.distillation import Recipe
 from flowfast.experiments import (
     Event,
     FolderError,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowfast import GaussianMixture, OUProcess
-from flowfast.distill import Recipe
+from flowfast.distillation import Recipe
 from flowfast.experiments import JobResult, JobSettings, run_job
 
 MIXTURE = GaussianMixture.random(5, 4, half_width=1.0, std=0.2, seed=1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flowfast.distill import Recipe
+from flowfast.distillation import Recipe
 from flowfast.grids import KINDS, GridKind
 
 

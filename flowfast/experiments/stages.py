@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowfast.dataset import TeacherDataset, generate_dataset
-from flowfast.distill import Progress, distill, evaluate
+from flowfast.distillation import Progress, distill, evaluate
 from flowfast.experiments.folder import Clock
 from flowfast.experiments.result import GridResult, TeacherCost
 from flowfast.experiments.settings import Event, JobSettings, Listener

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import flowfast
 from flowfast import GaussianMixture, OUProcess
 from flowfast.dataset import generate_dataset
-from flowfast.distill import Evaluation, Progress, Recipe, distill, evaluate
+from flowfast.distillation import Evaluation, Progress, Recipe, distill, evaluate
 from flowfast.flow import flow_map
 from flowfast.metrics import relative_mse
 from flowfast.storage import write_tensors
@@ -114,7 +115,7 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path, stop, shared):
 
 SCRIPT = """
 import sys
-import test_distill as t
+import test_distillation as t
 t.train(t.LONG, checkpoint=sys.argv[1], checkpoint_every=1, progress=lambda now: print(now.step, flush=True))
 """
 
@@ -247,7 +248,7 @@ def test_pairs_follow_the_flow_and_fresh_ones_never_return(tmp_path, monkeypatch
         return torch.zeros(())
 
     monkeypatch.setattr(Trainer, "step", step)
-    monkeypatch.setattr(sys.modules["flowfast.distill"], "_FRESH_ROWS", 24)  # three steps from one call of the teacher
+    monkeypatch.setattr(flowfast.distillation, "_FRESH_ROWS", 24)  # three steps from one call of the teacher
     train(data=None if fresh else stored(tmp_path))
     x_from, x_to = (torch.cat(side, 1) for side in zip(*seen, strict=True))  # (m, steps * b, d)
     assert x_from.shape == x_to.shape == (2, 40 * 8, 2)
