@@ -47,7 +47,7 @@ class JobOptions:
     """Steps of a student, which are the segments of the grid."""
     grid: Grids = ("uniform", "balanced", "measured")
     """Grids to distil on: uniform, balanced, signed, measured."""
-    rows: int = 12_288
+    rows: int = 24_576
     """Teacher trajectories stored per grid."""
     evaluation_rows: int = 2_048
     """Fresh starting points on which errors are measured."""

@@ -34,7 +34,7 @@ class JobSettings:
     name: str = "mixture"
     segments: int = 4
     grids: tuple[GridKind, ...] = ("uniform", "balanced", "measured")
-    rows: int = 12_288
+    rows: int = 24_576
     evaluation_rows: int = 2_048
     pictures: int = 12
     image_shape: tuple[int, int] | None = None
