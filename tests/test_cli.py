@@ -228,9 +228,9 @@ def test_failed_and_stopped_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from flowfast import cli_commands
+    from flowfast.cli import commands
 
-    monkeypatch.setattr(cli_commands, "run_job", _fail(error))
+    monkeypatch.setattr(commands, "run_job", _fail(error))
     assert _call("distill --means means.npy --std 0.1 --out new", capsys) == (code, "", sentence)
 
 

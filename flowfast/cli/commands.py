@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from flowfast import backends, cli_tables, doctor
-from flowfast.cli import Command, Digits, Distill, Doctor, JobOptions, Report, Sample, Stability, UsageError
+from flowfast import backends, doctor
+from flowfast.cli import tables
+from flowfast.cli.options import Command, Digits, Distill, Doctor, JobOptions, Report, Sample, Stability, UsageError
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
     FolderError,
@@ -107,7 +108,7 @@ def _job(command: JobOptions, mixture: GaussianMixture, settings: JobSettings, o
     with _arguments("--backend"):
         backends.choose(command.backend, mixture.device)
     try:
-        with cli_tables.watch() as listener:
+        with tables.watch() as listener:
             result = run_job(mixture, process, settings, out, listener=listener, backend=command.backend)
     except FolderError as error:
         raise UsageError(f"--out: {error}") from error
@@ -115,8 +116,8 @@ def _job(command: JobOptions, mixture: GaussianMixture, settings: JobSettings, o
     if command.json:
         _print_json({**result.to_dict(), "seconds": result.seconds(), "folder": str(out), "report": str(report)})
     else:
-        console = cli_tables.console()
-        console.print(cli_tables.results(result))
+        console = tables.console()
+        console.print(tables.results(result))
         console.print(f"{seconds(result.seconds())} for all stages; report:", style="dim")
         print(report)
     return 0
@@ -156,8 +157,8 @@ def _stability(command: Stability) -> int:
     if command.json:
         _print_json(numbers)
     else:
-        console = cli_tables.console()
-        for table in cli_tables.stability(numbers):
+        console = tables.console()
+        for table in tables.stability(numbers):
             console.print(table)
         if plot is not None:
             print(plot)
@@ -209,8 +210,8 @@ def _doctor(command: Doctor) -> int:
     if command.json:
         _print_json({**facts, "checks": [asdict(check) for check in checks]})
     else:
-        for table in cli_tables.findings(facts, checks):
-            cli_tables.console().print(table)
+        for table in tables.findings(facts, checks):
+            tables.console().print(table)
     return 0 if all(check.ok for check in checks) else 1
 
 
