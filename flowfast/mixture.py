@@ -42,12 +42,14 @@ class GaussianMixture:
         self.std = _as_std(std)  # ()
         self.log_weights = _as_log_weights(weights, self.means)  # (k,) float64
         self._diameters: dict[str, float] = {}  # by backend; found on first use
+        self._casts: dict[torch.dtype, Tensor] = {}  # of log_weights
 
     @classmethod
     def _of(cls, means: Tensor, std: Tensor, log_weights: Tensor) -> GaussianMixture:
         """Build from parts already valid: no data-dependent check, so that it can be traced and compiled."""
         mixture = cls.__new__(cls)
-        mixture.means, mixture.std, mixture.log_weights, mixture._diameters = means, std, log_weights, {}
+        mixture.means, mixture.std, mixture.log_weights = means, std, log_weights
+        mixture._diameters, mixture._casts = {}, {}
         return mixture
 
     @classmethod
@@ -141,6 +143,14 @@ class GaussianMixture:
     def weights(self) -> Tensor:
         """Component probabilities (k,), summing to one, in the means' dtype."""
         return self.log_weights.exp().to(self.means.dtype)
+
+    def log_weights_in(self, dtype: torch.dtype) -> Tensor:
+        """log_weights (k,) cast to `dtype`; the cast is kept unless they require grad."""
+        if self.log_weights.requires_grad or dtype == self.log_weights.dtype:
+            return self.log_weights.to(dtype)
+        if dtype not in self._casts:
+            self._casts[dtype] = self.log_weights.to(dtype)
+        return self._casts[dtype]
 
     @property
     def n_components(self) -> int:

@@ -21,6 +21,8 @@ from flowfast.process import OUProcess, Times
 
 BoundKind = Literal["trace", "global", "exact"]
 
+_ONE = torch.ones((), dtype=torch.float64)  # alpha of a mixture that is taken as it is
+
 
 def posterior_weights(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """Posterior probabilities of the components given x, also called responsibilities.
@@ -147,10 +149,13 @@ def _pointwise(
 ) -> Tensor:  # fmt: skip
     rows = check_points(x, mixture)
     dtype = working_dtype(x.dtype)
+    rows = rows if rows.dtype == dtype else rows.to(dtype)
     if alpha is None or std is None:
-        alpha, std = torch.ones((), dtype=torch.float64, device=x.device), mixture.std.to(x.device, torch.float64)
-    alpha, std = _flat(alpha, x), _flat(std, x)
-    tensors = [rows.to(dtype), mixture.means.to(dtype), mixture.log_weights.to(dtype), alpha, std]
+        alpha, std = _ONE.to(x.device), mixture.std.to(x.device, torch.float64)
+    else:
+        alpha, std = _flat(alpha, x), _flat(std, x)
+    means, log_weights = mixture.means, mixture.log_weights_in(dtype)
+    tensors = [rows, means if means.dtype == dtype else means.to(dtype), log_weights, alpha, std]
     if v is not None:
         tensors.insert(1, v.reshape(rows.shape).to(dtype))
     name = choose(backend, x.device)
@@ -160,7 +165,8 @@ def _pointwise(
         out: Tensor = getattr(reference, op)(*tensors)
     else:
         out = operators.call(op, name, tensors)
-    return out.reshape(x.shape[:-1] + out.shape[1:]).to(x.dtype)
+    out = out if x.ndim == 2 else out.reshape(x.shape[:-1] + out.shape[1:])
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
@@ -175,7 +181,7 @@ def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
         raise ValueError(f"x must have shape (..., {mixture.dim}), as the mixture's means; got {tuple(x.shape)}")
     if x.device != mixture.device:
         raise ValueError(f"x is on {x.device}, the mixture on {mixture.device}: move one, e.g. mixture.to(x.device)")
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
