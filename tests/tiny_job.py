@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -29,10 +29,13 @@ SETTINGS = JobSettings(
 IMAGES = replace(SETTINGS, name="tiny images", grids=("uniform",), image_shape=(2, 2), segments=1)
 
 
+_PLACE = TemporaryDirectory(prefix="flowfast-tiny-")  # removed when the test session ends
+
+
 @cache
 def finished(settings: JobSettings = SETTINGS) -> JobResult:
     """The finished job, run once per test session; tests that write into a folder copy it."""
-    return run_job(MIXTURE, PROCESS, settings, Path(mkdtemp(prefix="flowfast-tiny-")) / "job")
+    return run_job(MIXTURE, PROCESS, settings, Path(_PLACE.name) / settings.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
