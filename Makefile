@@ -6,13 +6,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help run test lint bench gpu clean
+.PHONY: help run test lint bench sanitize gpu clean
 
 help:
 	@echo "make run     environment, build, the digits job and its report (last line printed: the report's path)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, mypy --strict, clang-format"
-	@echo "make bench   CPU benchmarks beside torch, results in bench/results"
+	@echo "make bench   CPU benchmarks, results in bench/results; PEERS=1 installs JAX, KeOps and others first"
+	@echo "make sanitize  the kernels in C++ alone: guard pages, ASan and UBSan, TSan for the thread pool"
 	@echo "make gpu     Triton tests and benchmarks on a GPU with the machine's own Python (GPU_PYTHON), no network"
 	@echo "make clean   remove the environment, the build and every cache; runs/ is kept"
 
@@ -49,8 +50,36 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 
-bench: $(VENV)/.dev $(VENV)/.core
+# Peers are optional: PEERS=1 installs them.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) $$($(PY) -c "import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])")
+	@touch $@
+
+bench: $(VENV)/.dev $(VENV)/.core $(if $(PEERS),$(VENV)/.bench)
 	$(PY) -m bench
+
+# tests/native linked with the kernels, once per sanitizer; no Python. "planted" must be caught.
+NATIVE_FLAGS := -std=c++17 -O1 -g -pthread -fno-omit-frame-pointer -fno-sanitize-recover=all \
+	-fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-attributes -Wno-psabi
+SANITIZE_address := -fsanitize=address,undefined
+SANITIZE_thread := -fsanitize=thread
+ISAS := $(if $(filter x86_64,$(shell uname -m)),avx512 avx2) generic
+ISA_avx512 := -march=x86-64-v4 -mprefer-vector-width=512
+ISA_avx2 := -march=x86-64-v3
+
+build/native/%/kernels: $(CSRC) tests/native/kernels.cpp Makefile
+	@mkdir -p $(@D)
+	$(foreach isa,$(ISAS),$(CXX) $(NATIVE_FLAGS) $(SANITIZE_$*) $(ISA_$(isa)) -DFLOWFAST_ISA=$(isa) \
+		-c csrc/isa.cpp -o $(@D)/$(isa).o &&) \
+	$(CXX) $(NATIVE_FLAGS) $(SANITIZE_$*) -o $@ $(ISAS:%=$(@D)/%.o) tests/native/kernels.cpp \
+		$(filter-out %/bindings.cpp %/isa.cpp,$(wildcard csrc/*.cpp))
+
+sanitize: build/native/address/kernels build/native/thread/kernels
+	build/native/address/kernels
+	build/native/thread/kernels threads
+	! build/native/address/kernels planted 2>build/native/planted.log
+	grep -q AddressSanitizer build/native/planted.log
 
 # The machine's own Python, as it is: it needs torch, triton, pytest and pybind11. Results go to $OUT where that is set.
 # GPU_DEVICE=cpu rehearses the same steps without a GPU, kernels interpreted.

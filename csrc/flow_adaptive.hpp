@@ -25,8 +25,9 @@ class Adaptive {
   Adaptive(const FlowJob<T>& job, Work& work, Arena& arena)
       : job_(job), work_(work), form_(job, arena), s_(job.stages), rows_(form_.rows()) {
     state_ = take<T>(arena, rows_ * B<T>), next_ = take<T>(arena, rows_ * B<T>);
-    stage_ = take<T>(arena, rows_ * B<T>), y_ = take<T>(arena, job.components->stride);
+    y_ = take<T>(arena, kTile * job.components->stride);
     for (int64_t j = 0; j < s_; ++j) slopes_[j] = take<T>(arena, rows_ * B<T>);
+    for (int64_t& row : row_) row = -1;
     const double *nodes = job.tableau + s_ * s_, *weights = nodes + s_, *last = nodes - s_;
     same_as_last_ = nodes[s_ - 1] == 1 && weights[s_ - 1] == 0;
     for (int64_t j = 0; j < s_; ++j) same_as_last_ &= last[j] == weights[j];
@@ -53,21 +54,22 @@ class Adaptive {
     return any(both);
   }
 
-  // Puts row i into a lane; false if there is nothing to integrate (the output row is written).
-  bool admit(int64_t i, int lane) {
+  // Puts row i into a lane, its start into y; false if there is nothing to integrate (the output row is written).
+  bool admit(int64_t i, int lane, T* y) {
     const Components<T>& c = *job_.components;
     const Ends<T> ends(job_, i);
-    enter_row(job_, i, ends, y_);
+    enter_row(job_, i, ends, y);
     const double span = ends.r_to - ends.r_from;
     bool finite = span - span == 0 && ends.s_to - ends.s_to == 0;
-    for (int64_t j = 0; j < c.d; ++j) finite &= y_[j] - y_[j] == 0;
+    V zero{};  // NaN where some coordinate is not finite
+    for (int64_t j = 0; j < c.stride; j += W<T>) zero += at(y + j) - at(y + j);
+    finite &= sum_lanes(zero) == 0;
     if (!finite || span == 0) {
-      for (int64_t j = 0; !finite && j < c.d; ++j) y_[j] = T(__builtin_nan(""));
-      leave_row(job_, i, ends, y_);
+      for (int64_t j = 0; !finite && j < c.d; ++j) y[j] = T(__builtin_nan(""));
+      leave_row(job_, i, ends, y);
       job_.status[i] = finite ? 0 : 2, job_.attempts[i] = job_.evaluations[i] = 0;
       return false;
     }
-    form_.enter(state_, lane, y_);
     const double scale = 1 / c.radius > ends.r_from ? 1 / c.radius : ends.r_from;
     const double step = scale * 0.5 * __builtin_pow(job_.rtol, 0.2), whole = __builtin_fabs(span);
     const int p = lane / W<T>, q = lane % W<T>;
@@ -80,20 +82,26 @@ class Adaptive {
     return true;
   }
 
-  // New rows for idle lanes, a few at a time because each refill costs one evaluation of the block.
+  // Writes finished rows and takes new ones, several lanes at a time: the work per row is shared, and each refill costs
+  // one evaluation of the block.
   void refill() {
-    if (drained_ || (idle_ < B<T> && idle_ * 8 < B<T>)) return;
+    if (drained_ ? idle_ < B<T> : idle_ * 4 < B<T>) return;
+    finish();
+    if (drained_) return;
+    int lanes[kTile], count = 0;
     for (int lane = 0; lane < B<T> && !drained_; ++lane) {
       if (active_[lane / W<T>][lane % W<T>]) continue;
       int64_t begin, end;
-      do { drained_ = !next_rows(work_, begin, end); } while (!drained_ && !admit(begin, lane));
+      T* y = y_ + count * job_.components->stride;
+      do { drained_ = !next_rows(work_, begin, end); } while (!drained_ && !admit(begin, lane, y));
+      if (!drained_) lanes[count++] = lane;
+      if (count == kTile) form_.enter(state_, lanes, count, y_), count = 0;
     }
+    if (count > 0) form_.enter(state_, lanes, count, y_);
     V size[P];
     form_.squared_size(state_, size);
     for (int p = 0; p < P; ++p) size_[p] = fresh_[p] ? square_root(size[p] / T(job_.components->d)) : size_[p];
   }
-
-  void field(const T* z, const V* r, T* slope) { form_.field(z, r, r, slope); }
 
   void select(const I* mask, const T* from, T* to) const {
     for (int64_t j = 0; j < rows_ * B<T>; j += B<T>)
@@ -101,7 +109,8 @@ class Adaptive {
   }
 
   void first_slope() {
-    field(state_, r_, next_);
+    const V still[P] = {};
+    form_.field(Stage<T>(state_, T(0), still, nullptr, 0, slopes_), r_, r_, next_);
     select(fresh_, next_, slopes_[0]);
     for (int p = 0; p < P; ++p) evaluations_[p] -= fresh_[p], fresh_[p] = I{};
   }
@@ -116,24 +125,21 @@ class Adaptive {
       r_next_[p] = active_[p] ? (last ? r_to_[p] : r_[p] + step_[p]) : r_[p];
     }
     for (int64_t j = 1; j < s_; ++j) {
-      const bool whole = same_as_last_ && j == s_ - 1;
-      T* z = whole ? next_ : stage_;
-      combine(state_, T(0), step_, Combination<T>(job_.tableau + j * s_, j, slopes_),
-              whole ? rows_ : form_.stage_rows(), z);
+      Stage<T> stage(state_, T(0), step_, job_.tableau + j * s_, j, slopes_);
+      if (same_as_last_ && j == s_ - 1) stage.store(rows_, next_), stage.base = next_, stage.size = 0;
       V r[P];
       for (int p = 0; p < P; ++p) r[p] = nodes[j] == 1 ? r_next_[p] : r_[p] + T(nodes[j]) * step_[p];
-      field(z, r, slopes_[j]);
+      form_.field(stage, r, r, slopes_[j]);
     }
-    if (!same_as_last_) combine(state_, T(0), step_, Combination<T>(weights, s_, slopes_), rows_, next_);
-    combine<T>(nullptr, T(0), step_, Combination<T>(errors, s_, slopes_), rows_, stage_);
-    form_.squared_error(stage_, error_);
+    if (!same_as_last_) Stage<T>(state_, T(0), step_, weights, s_, slopes_).store(rows_, next_);
+    form_.squared_error(Stage<T>(nullptr, T(0), step_, errors, s_, slopes_), error_);
     form_.squared_size(next_, size_next_);
   }
 
   // Accepts or rejects, chooses the next step size.
   void decide() {
     const T d = T(job_.components->d);
-    I all_accepted{};
+    I some_rejected{};
     for (int p = 0; p < P; ++p) {
       size_next_[p] = square_root(size_next_[p] / d);
       const V bound = T(job_.atol) + T(job_.rtol) * larger(size_[p], size_next_[p]);
@@ -144,7 +150,7 @@ class Adaptive {
       broken_[p] = active_[p] & ~((size_next_[p] - size_next_[p] == 0) & (error - error == 0));
       accepted_[p] = active_[p] & ~broken_[p] & (error <= 1);
       rejected_[p] = active_[p] & ~accepted_[p];
-      all_accepted |= rejected_[p];
+      some_rejected |= rejected_[p];
       steps_[p] -= active_[p];
       evaluations_[p] -= active_[p] * (decltype(active_[p][0] + 0)(s_) - 1);
       h_[p] = active_[p] ? step_[p] * factor : h_[p];
@@ -152,40 +158,51 @@ class Adaptive {
       size_[p] = accepted_[p] ? size_next_[p] : size_[p];
       fresh_[p] = same_as_last_ ? I{} : accepted_[p];
     }
-    if (!any(all_accepted)) {  // idle lanes made a step of length zero: theirs may be taken too
-      T* state = state_;
-      state_ = next_, next_ = state;
+    if (!any(some_rejected)) {  // idle lanes made a step of length zero: theirs may be taken too
+      std::swap(state_, next_);
+      if (same_as_last_) std::swap(slopes_[0], slopes_[s_ - 1]);
     } else {
       select(accepted_, next_, state_);
+      if (same_as_last_) select(accepted_, slopes_[s_ - 1], slopes_[0]);
     }
-    if (same_as_last_) select(accepted_, slopes_[s_ - 1], slopes_[0]);
   }
 
+  // Finished lanes stand still until refill() writes them.
   void retire() {
-    I finished[P];
     for (int p = 0; p < P; ++p) {
       const V left = magnitude(r_to_[p] - r_[p]), h = magnitude(h_[p]);
-      arrived_[p] = accepted_[p] & (r_[p] == r_to_[p]);
-      stuck_[p] = (h < 4 * Simd<T>::eps * magnitude(r_[p])) & (h < left);
-      finished[p] = active_[p] & (arrived_[p] | stuck_[p] | broken_[p] | (steps_[p] >= job_.max_steps));
+      const I arrived = accepted_[p] & (r_[p] == r_to_[p]);
+      const I stuck = (h < 4 * Simd<T>::eps * magnitude(r_[p])) & (h < left);
+      const I finished = active_[p] & (arrived | stuck | broken_[p] | (steps_[p] >= job_.max_steps));
+      const I reason = (broken_[p] & 2) | (~broken_[p] & ~arrived & ((stuck & 3) | (~stuck & 1)));
+      status_[p] = finished ? reason : status_[p];
+      active_[p] &= ~finished, fresh_[p] &= ~finished;
+      idle_ -= int(sum_lanes(finished));
     }
-    if (!any_lane(finished)) return;
-    for (int lane = 0; lane < B<T>; ++lane)
-      if (finished[lane / W<T>][lane % W<T>]) finish(lane);
   }
 
-  void finish(int lane) {
-    const int p = lane / W<T>, q = lane % W<T>;
-    const int64_t i = row_[lane], stride = job_.components->stride;
-    const Ends<T> ends(job_, i);
-    enter_row(job_, i, ends, y_);
-    form_.leave(state_, lane, 1.0, y_);
-    for (int64_t j = 0; broken_[p][q] && j < stride; ++j) y_[j] = T(__builtin_nan(""));
-    leave_row(job_, i, ends, y_);
-    job_.status[i] = int8_t(broken_[p][q] ? 2 : arrived_[p][q] ? 0 : stuck_[p][q] ? 3 : 1);
-    job_.attempts[i] = int32_t(steps_[p][q]), job_.evaluations[i] = int32_t(evaluations_[p][q]);
-    active_[p][q] = fresh_[p][q] = 0;
-    ++idle_;
+  void finish() {
+    int lanes[kTile], count = 0;
+    for (int lane = 0; lane < B<T>; ++lane) {
+      if (row_[lane] >= 0 && !active_[lane / W<T>][lane % W<T>]) lanes[count++] = lane;
+      if (count == kTile || (count > 0 && lane == B<T> - 1)) write(lanes, count), count = 0;
+    }
+  }
+
+  void write(const int* lanes, int count) {
+    const int64_t stride = job_.components->stride;
+    for (int l = 0; l < count; ++l) enter_row(job_, row_[lanes[l]], Ends<T>(job_, row_[lanes[l]]), y_ + l * stride);
+    form_.leave(state_, lanes, count, 1.0, y_);
+    for (int l = 0; l < count; ++l) {
+      const int p = lanes[l] / W<T>, q = lanes[l] % W<T>;
+      const int64_t i = row_[lanes[l]];
+      T* y = y_ + l * stride;
+      for (int64_t j = 0; status_[p][q] == 2 && j < stride; ++j) y[j] = T(__builtin_nan(""));
+      leave_row(job_, i, Ends<T>(job_, i), y);
+      job_.status[i] = int8_t(status_[p][q]);
+      job_.attempts[i] = int32_t(steps_[p][q]), job_.evaluations[i] = int32_t(evaluations_[p][q]);
+      row_[lanes[l]] = -1;
+    }
   }
 
   const FlowJob<T>& job_;
@@ -194,10 +211,10 @@ class Adaptive {
   const int64_t s_, rows_;
   bool same_as_last_ = false, drained_ = false;
   int idle_ = B<T>;
-  T *state_, *next_, *stage_, *y_, *slopes_[kStages];  // (rows, B) each; y_ (stride,)
-  int64_t row_[B<T>];
+  T *state_, *next_, *y_, *slopes_[kStages];  // (rows, B) each; y_ (kTile, stride)
+  int64_t row_[B<T>];                         // -1: the lane holds nothing
   V r_[P] = {}, r_to_[P] = {}, r_next_[P], h_[P] = {}, step_[P], size_[P] = {}, size_next_[P], error_[P];
-  I active_[P] = {}, fresh_[P] = {}, rejected_[P] = {}, accepted_[P], broken_[P], arrived_[P], stuck_[P];
+  I active_[P] = {}, fresh_[P] = {}, rejected_[P] = {}, accepted_[P], broken_[P], status_[P];
   I steps_[P] = {}, evaluations_[P] = {};
 };
 

@@ -1,11 +1,16 @@
 #include "pool.hpp"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -29,7 +34,38 @@ void Arena::Release::operator()(void* block) const { std::free(block); }
 
 void* take_bytes(Arena& arena, size_t bytes) { return arena.take(bytes); }
 
+int quota_cpus(const std::string& root, std::string group) {
+  double cpus = kManyCpus;
+  while (true) {  // a group's parents limit it too
+    const std::string folder = root + (group == "/" ? "" : group);
+    double quota = -1, period = 0;
+    if (std::ifstream file(folder + "/cpu.max"); file)
+      file >> quota >> period;  // "max" leaves 0
+    else
+      std::ifstream(folder + "/cpu/cpu.cfs_quota_us") >> quota,
+          std::ifstream(folder + "/cpu/cpu.cfs_period_us") >> period;
+    if (quota > 0 && period > 0) cpus = std::min(cpus, std::ceil(quota / period));
+    if (group.empty() || group == "/") return int(cpus);
+    group.resize(group.rfind('/'));
+  }
+}
+
 namespace {
+
+// CPUs this thread may use now. The quota is read once: it is a property of the container.
+int allowed_cpus() {
+  static const int quota = [] {
+    std::string line;
+    std::ifstream groups("/proc/self/cgroup");
+    while (std::getline(groups, line) && line.rfind("0::", 0) != 0) {}
+    return quota_cpus("/sys/fs/cgroup", line.rfind("0::/", 0) == 0 ? line.substr(3) : "");
+  }();
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::min(quota, CPU_COUNT(&set));
+#endif
+  return std::min(quota, int(std::max(1u, std::thread::hardware_concurrency())));
+}
 
 class Pool {
  public:
@@ -42,16 +78,16 @@ class Pool {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  bool try_run(int workers, const std::function<void(int)>& body) {
+  bool try_run(int threads, const std::function<void(int)>& body) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy) return false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (int(threads_.size()) < workers - 1)
+      while (int(threads_.size()) < threads - 1)
         threads_.emplace_back([this, worker = int(threads_.size()) + 1, seen = round_] { loop(worker, seen); });
       body_ = &body;
-      workers_ = workers;
-      pending_ = workers - 1;
+      wanted_ = threads;
+      pending_ = threads - 1;
       error_ = nullptr;
       ++round_;
     }
@@ -79,7 +115,7 @@ class Pool {
       start_.wait(lock, [&] { return stop_ || round_ != seen; });
       if (stop_) return;
       seen = round_;
-      if (worker >= workers_) continue;
+      if (worker >= wanted_) continue;
       const std::function<void(int)>& body = *body_;
       lock.unlock();
       guarded(body, worker);
@@ -94,7 +130,7 @@ class Pool {
   const std::function<void(int)>* body_ = nullptr;
   std::exception_ptr error_;
   uint64_t round_ = 0;
-  int workers_ = 0, pending_ = 0;
+  int wanted_ = 0, pending_ = 0;
   bool stop_ = false;
 };
 
@@ -119,9 +155,13 @@ Owner::Owner() {
 
 }  // namespace
 
-void run_workers(int threads, const std::function<void(int)>& body) {
-  if (threads > 1 && owner.get().try_run(threads, body)) return;
-  for (int worker = 0; worker < std::max(threads, 1); ++worker) body(worker);
+void run_workers(int workers, const std::function<void(int)>& body) {
+  const int threads = workers > 1 ? std::min(workers, allowed_cpus()) : 1;
+  const auto share = [&](int thread) {
+    for (int worker = thread; worker < std::max(workers, 1); worker += threads) body(worker);
+  };
+  if (threads > 1 && owner.get().try_run(threads, share)) return;
+  for (int thread = 0; thread < threads; ++thread) share(thread);
 }
 
 }  // namespace flowfast

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels.hpp"
@@ -33,8 +34,13 @@ class Arena {
   std::vector<std::unique_ptr<void, Release>> blocks_;
 };
 
-// Runs body(worker) for worker = 0 .. threads - 1, the caller being worker 0. Nested or concurrent calls run all on the
-// caller. Rethrows the first exception a worker threw.
-void run_workers(int threads, const std::function<void(int)>& body);
+// Runs body(worker) for worker = 0 .. workers - 1, on as many threads as that but no more than the CPUs the process may
+// use (affinity and cgroup quota); the caller is one of them. Nested or concurrent calls run all on the caller.
+// Rethrows the first exception a worker threw.
+void run_workers(int workers, const std::function<void(int)>& body);
+
+// CPUs that the quota of a cgroup (v2, or v1 at the root) leaves, rounded up; kManyCpus without a quota.
+constexpr int kManyCpus = 1 << 20;
+int quota_cpus(const std::string& root, std::string group);
 
 }  // namespace flowfast
