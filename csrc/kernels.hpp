@@ -18,7 +18,7 @@ struct Components {
   const T* log_weights;     // (k_pad,) -inf in the padding
   const T* half_norms;      // (k_pad,) |row|^2 / 2
   const int64_t* index;     // (k,) row of the caller's means
-  const double* center;     // (d,)
+  const double* center;     // (stride,) zero in the padding
   const T* means;           // (k_all, d) as the caller gave them
   double radius;            // max |row|
   int64_t k, k_pad, k_all;  // components with weight, the same padded to kPadRows, all components

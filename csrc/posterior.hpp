@@ -2,6 +2,8 @@
 // points in one streaming pass over tiles of components, with logits in centred expanded form. What may be used of it,
 // and what is done again exactly, is decided in screen.hpp.
 #pragma once
+#include <type_traits>
+
 #include "refine.hpp"
 #include "softmax.hpp"
 
@@ -14,38 +16,66 @@ inline double error_constant(int64_t d) {
 }
 
 template <class T>
+using Index = std::remove_reference_t<decltype(std::declval<Int<T>&>()[0])>;
+
+template <class T>
 struct PosteriorBlock {
-  T *centred, *points, *directions;  // (B, stride) x - alpha center;  (d, B) the same in lanes;  (d, B) v in lanes
-  T *tile, *through_tile, *kept;     // (kComponents, B) logits, then weights;  weights times m_k.v;  (k_pad, B) logits
-  T *mean, *through;                 // (stride, B) sum e_k m_k;  sum e_k (m_k.v) m_k
-  T *result, *tile_wide;             // (B, stride) an output as rows;  (stride, B) the same in lanes
-  double* scratch;                   // (2 d + k,)
-  double alpha[B<T>], std[B<T>];
-  alignas(kVectorBytes) T norm[B<T>];  // |x - alpha center|
+  T *points, *directions;  // (stride, B) x - alpha center in lanes;  (stride, B) v in lanes
+  T *tile, *through_tile;  // (kComponents, B) logits, then weights;  weights times m_k.v
+  T *kept, *tops;          // (k_pad, B) weights relative to their tile's maximum;  (tiles, B) those maxima
+  T* rows;                 // (W, k) weights as rows, padded to whole registers
+  T *mean, *through;       // (stride, B) sum e_k m_k;  sum e_k (m_k.v) m_k
+  T* centred;              // (stride,) one point of `points`
+  double* scratch;         // (2 d + k,)
+  double alpha[B<T>], std[B<T>], xi[B<T>];                         // xi = |x - alpha center| / std
+  alignas(kVectorBytes) T ratio[B<T>], inverse[B<T>], gain[B<T>];  // alpha, 1 / std^2, alpha / std^2
   alignas(kVectorBytes) T top[B<T>], second_top[B<T>], sum[B<T>], second[B<T>], along[B<T>];
-  alignas(kVectorBytes) int64_t leader[B<T>];
+  alignas(kVectorBytes) Index<T> leader[B<T>];
   bool exact[B<T>];  // row is done by refine_row
 };
 
 template <class T>
 PosteriorBlock<T> make_block(const PosteriorJob<T>& job, Arena& arena) {
   const Components<T>& c = *job.components;
+  const int64_t wide = B<T> * c.stride, tile = B<T> * kComponents<T>;
+  const int64_t tiles = (c.k_pad + kComponents<T> - 1) / kComponents<T>;
+  T* memory = take<T>(arena, wide * (job.hvp ? 4 : 2) + c.stride + 2 * tile +
+                                 (job.weights ? tiles * (tile + B<T> + kComponents<T> * W<T>) : 0));
+  const auto next = [&memory](int64_t count) { return (memory += count) - count; };
   PosteriorBlock<T> b{};
-  b.centred = take<T>(arena, B<T> * c.stride);
-  b.points = take<T>(arena, B<T> * c.stride);
-  b.directions = job.hvp ? take<T>(arena, B<T> * c.stride) : nullptr;
-  b.tile = take<T>(arena, B<T> * kComponents<T>);
-  b.through_tile = take<T>(arena, B<T> * kComponents<T>);
-  b.kept = job.weights ? take<T>(arena, B<T> * (c.k_pad + W<T>)) : nullptr;
-  b.mean = take<T>(arena, B<T> * c.stride);
-  b.through = take<T>(arena, B<T> * c.stride);
-  b.result = take<T>(arena, B<T> * c.stride);
-  b.tile_wide = take<T>(arena, B<T> * c.stride);
+  b.points = next(wide), b.mean = next(wide), b.tile = next(tile), b.through_tile = next(tile);
+  b.centred = next(c.stride);
+  if (job.hvp) b.directions = next(wide), b.through = next(wide);
+  if (job.weights)
+    b.kept = next(tiles * tile), b.tops = next(tiles * B<T>), b.rows = next(tiles * kComponents<T> * W<T>);
   b.scratch = take<double>(arena, 2 * c.d + c.k);
   return b;
 }
 
-// Rows begin .. begin + count - 1 into the block; lanes beyond count repeat the last row.
+// lanes (stride, B) <- rows (., d) begin .. begin + count - 1 less alpha center; lanes beyond count repeat the last
+// row.
+template <class T>
+void load_lanes(const T* rows, int64_t begin, int64_t count, const Components<T>& c, const double* alpha, T* lanes) {
+  alignas(kVectorBytes) T square[W<T> * W<T>];
+  for (int64_t start = 0; start < B<T>; start += W<T>)
+    for (int64_t j = 0; j < c.stride; j += W<T>) {
+      const int64_t width = c.d - j < W<T> ? c.d - j : W<T>;
+      const double* __restrict center = c.center + j;
+      for (int64_t i = 0; i < W<T>; ++i) {
+        const int64_t lane = start + i < count ? start + i : count - 1;
+        const T* __restrict row = rows + (begin + lane) * c.d + j;
+        T* __restrict to = square + i * W<T>;
+        const double scale = alpha[lane];
+        if (width == W<T>)
+          for (int half = 0; half < W<T>; half += W<T> / 2)
+            for (int l = half; l < half + W<T> / 2; ++l) to[l] = T(double(row[l]) - scale * center[l]);
+        else
+          for (int l = 0; l < W<T>; ++l) to[l] = l < width ? T(double(row[l]) - scale * center[l]) : T(0);
+      }
+      transpose_square(square, W<T>, lanes + j * B<T> + start, B<T>);
+    }
+}
+
 template <class T>
 void load_block(const PosteriorJob<T>& job, int64_t begin, int64_t count, PosteriorBlock<T>& b) {
   const Components<T>& c = *job.components;
@@ -53,23 +83,23 @@ void load_block(const PosteriorJob<T>& job, int64_t begin, int64_t count, Poster
     const int64_t i = begin + (lane < count ? lane : count - 1);
     b.alpha[lane] = job.alpha[i * job.alpha_step];
     b.std[lane] = job.std[i * job.std_step];
-    T* __restrict row = b.centred + lane * c.stride;
-    const T* __restrict x = job.x + i * c.d;
-    const double* __restrict center = c.center;
-    const double alpha = b.alpha[lane];
-    for (int64_t j = 0; j < c.d; ++j) row[j] = T(double(x[j]) - alpha * center[j]);
-    for (int64_t j = c.d; j < c.stride; ++j) row[j] = 0;
-    if (!job.hvp) continue;
-    T* direction = b.result + lane * c.stride;
-    for (int64_t j = 0; j < c.d; ++j) direction[j] = job.v[i * c.d + j];
   }
-  rows_to_lanes(b.centred, c.stride, b.points);
-  for (int p = 0; p < P; ++p) {
-    Vec<T> square{};
-    for (int64_t j = p * W<T>; j < c.d * B<T>; j += B<T>) square += at(b.points + j) * at(b.points + j);
-    at(b.norm + p * W<T>) = square_root(square);
+  for (int lane = 0; lane < B<T>; ++lane) {
+    const double inverse = 1 / (b.std[lane] * b.std[lane]);
+    b.ratio[lane] = T(b.alpha[lane]), b.inverse[lane] = T(inverse), b.gain[lane] = T(b.alpha[lane] * inverse);
   }
-  if (job.hvp) rows_to_lanes(b.result, c.stride, b.directions);
+  load_lanes(job.x, begin, count, c, b.alpha, b.points);
+  alignas(kVectorBytes) T square[B<T>];
+  Vec<T> sum[4][P] = {};
+  for (int64_t j = 0; j < c.stride; j += 4)
+    for (int i = 0; i < 4 * P; ++i) {
+      const Vec<T> value = at(b.points + j * B<T> + i * W<T>);
+      sum[i / P][i % P] += value * value;
+    }
+  for (int p = 0; p < P; ++p) at(square + p * W<T>) = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
+  for (int lane = 0; lane < B<T>; ++lane) b.xi[lane] = __builtin_sqrt(double(square[lane])) / b.std[lane];
+  const double none[B<T>] = {};
+  if (job.hvp) load_lanes(job.v, begin, count, c, none, b.directions);
 }
 
 // The two largest logits so far and the component of the larger one.
@@ -92,14 +122,15 @@ struct TopTwo {
   }
 };
 
-// (count, B): along_k = m_k.v, then tile <- weight * along; returns nothing, adds to the lane sums.
+// through_tile (count, B) = weight_k m_k.v, added to along too
 template <class T>
-void add_direction(const Components<T>& c, int64_t first, int64_t count, const PosteriorBlock<T>& b, Vec<T>* along) {
+void add_direction(const Components<T>& c, int64_t first, int64_t count, const T* weights, const PosteriorBlock<T>& b,
+                   Vec<T>* along) {
   project(c.rows + first * c.stride, c.stride, count, b.directions, c.d, b.through_tile);
   for (int64_t k = 0; k < count; ++k)
     for (int p = 0; p < P; ++p) {
       Vec<T>& value = at(b.through_tile + k * B<T> + p * W<T>);
-      value *= at(b.tile + k * B<T> + p * W<T>);
+      value *= at(weights + k * B<T> + p * W<T>);
       along[p] += value;
     }
 }
@@ -110,35 +141,31 @@ void stream(const PosteriorJob<T>& job, PosteriorBlock<T>& b) {
   const Components<T>& c = *job.components;
   const bool means = job.score || job.posterior_mean || job.trace || job.hvp;
   Vec<T> gain[P], ratio[P], second[P] = {}, along[P] = {}, scale[P];
-  for (int lane = 0; lane < B<T>; ++lane) {
-    gain[lane / W<T>][lane % W<T>] = T(b.alpha[lane] / (b.std[lane] * b.std[lane]));
-    ratio[lane / W<T>][lane % W<T>] = T(b.alpha[lane]);
-  }
-  for (int64_t j = 0; j < c.stride * B<T>; ++j) b.mean[j] = 0;
-  for (int64_t j = 0; job.hvp && j < c.stride * B<T>; ++j) b.through[j] = 0;
-  Softmax<T> softmax(T(Simd<T>::negligible + __builtin_log(double(c.k_pad))));
+  for (int p = 0; p < P; ++p) gain[p] = at(b.gain + p * W<T>), ratio[p] = at(b.ratio + p * W<T>);
+  Softmax<T> softmax(job.weights ? Simd<T>::infinity : T(Simd<T>::negligible + __builtin_log(double(c.k_pad))));
   TopTwo<T> best;
   int live[kComponents<T>];
-  for (int64_t first = 0; first < c.k_pad; first += kComponents<T>) {
-    const int64_t count = c.k_pad - first < kComponents<T> ? c.k_pad - first : kComponents<T>;
+  const int64_t used = (c.k + 3) / 4 * 4;
+  for (int64_t first = 0; first < used; first += kComponents<T>) {
+    const int64_t count = used - first < kComponents<T> ? used - first : kComponents<T>;
     T* tile = b.kept ? b.kept + first * B<T> : b.tile;
     project(c.rows + first * c.stride, c.stride, count, b.points, c.d, tile);
     logits(c, first, count, gain, ratio, tile);
     best.add(tile, first, count);
-    for (int64_t j = 0; b.kept && j < count * B<T>; ++j) b.tile[j] = tile[j];
-    const int n_live = weigh(softmax, b.tile, count, scale, live);
+    const int n_live = weigh(softmax, tile, count, scale, live);
+    for (int p = 0; b.kept && p < P; ++p) at(b.tops + first / kComponents<T> * B<T> + p * W<T>) = softmax.top[p];
     if (!means) continue;
-    rescale(b.mean, c.stride, scale);
-    accumulate(c.rows + first * c.stride, c.stride, live, n_live, b.tile, c.stride, b.mean);
-    for (int p = 0; p < P; ++p) {
+    if (first) rescale(b.mean, c.stride, scale);
+    accumulate(c.rows + first * c.stride, c.stride, live, n_live, tile, c.stride, b.mean, first == 0);
+    for (int p = 0; job.trace && p < P; ++p) {
       second[p] *= scale[p];
-      along[p] *= scale[p];
-      for (int64_t k = 0; k < count; ++k) second[p] += at(b.tile + k * B<T> + p * W<T>) * c.half_norms[first + k];
+      for (int64_t k = 0; k < count; ++k) second[p] += at(tile + k * B<T> + p * W<T>) * c.half_norms[first + k];
     }
     if (!job.hvp) continue;
-    rescale(b.through, c.stride, scale);
-    add_direction(c, first, count, b, along);
-    accumulate(c.rows + first * c.stride, c.stride, live, n_live, b.through_tile, c.stride, b.through);
+    if (first) rescale(b.through, c.stride, scale);
+    for (int p = 0; p < P; ++p) along[p] *= scale[p];
+    add_direction(c, first, count, tile, b, along);
+    accumulate(c.rows + first * c.stride, c.stride, live, n_live, b.through_tile, c.stride, b.through, first == 0);
   }
   for (int p = 0; p < P; ++p) {
     at(b.top + p * W<T>) = best.first[p];
@@ -146,7 +173,7 @@ void stream(const PosteriorJob<T>& job, PosteriorBlock<T>& b) {
     at(b.sum + p * W<T>) = softmax.sum[p];
     at(b.second + p * W<T>) = second[p];
     at(b.along + p * W<T>) = along[p];
-    for (int lane = 0; lane < W<T>; ++lane) b.leader[p * W<T> + lane] = best.leader[p][lane];
+    reinterpret_cast<Int<T>&>(b.leader[p * W<T>]) = best.leader[p];
   }
 }
 

@@ -8,35 +8,39 @@
 namespace flowfast {
 
 template <class T>
-Prepared<T>::Prepared(const T* means, const T* log_weights, int64_t k, int64_t d, bool centre) : center_(d, 0.0) {
+Prepared<T>::Prepared(const T* means, const T* log_weights, int64_t k, int64_t d, bool centre) {
+  const int64_t stride = (d + kPadColumns - 1) / kPadColumns * kPadColumns;
+  center_.resize(size_t(stride));
+  double* __restrict center = center_.data();
+  index_.reserve(size_t(k));
   for (int64_t i = 0; i < k; ++i)
     if (log_weights[i] != -std::numeric_limits<T>::infinity()) index_.push_back(i);
   if (index_.empty())
     throw std::invalid_argument("log_weights: every component has weight 0; give one a positive weight");
   const int64_t live = int64_t(index_.size());
-  for (int64_t i : index_)
-    for (int64_t j = 0; centre && j < d; ++j) center_[j] += double(means[i * d + j]);
-  for (double& value : center_) value /= double(live);
+  for (int64_t i = 0; centre && i < live; ++i)
+    for (int64_t j = 0; j < d; ++j) center[j] += double(means[index_[i] * d + j]);
+  for (int64_t j = 0; j < d; ++j) center[j] /= double(live);
   const int64_t k_pad = (live + kPadRows - 1) / kPadRows * kPadRows;
-  const int64_t stride = (d + kPadColumns - 1) / kPadColumns * kPadColumns;
-  T* rows = static_cast<T*>(arena_.take(size_t(k_pad * stride) * sizeof(T)));
-  T* weights = static_cast<T*>(arena_.take(size_t(k_pad) * sizeof(T)));
-  T* half_norms = static_cast<T*>(arena_.take(size_t(k_pad) * sizeof(T)));
+  T* rows = static_cast<T*>(arena_.take(size_t(k_pad * (stride + 2)) * sizeof(T)));
+  T *weights = rows + k_pad * stride, *half_norms = weights + k_pad;
+  std::fill(rows + live * stride, half_norms + k_pad, T(0));
+  std::fill(weights + live, weights + k_pad, -std::numeric_limits<T>::infinity());
   double largest = 0;
-  for (int64_t i = 0; i < k_pad; ++i) {
-    T* row = rows + i * stride;
-    const bool real = i < live;
-    double square = 0;
-    for (int64_t j = 0; j < stride; ++j) {
-      row[j] = real && j < d ? T(double(means[index_[i] * d + j]) - center_[j]) : T(0);
-      square += double(row[j]) * double(row[j]);
-    }
-    weights[i] = real ? log_weights[index_[i]] : -std::numeric_limits<T>::infinity();
-    half_norms[i] = T(square / 2);
-    largest = std::max(largest, square);
+  for (int64_t i = 0; i < live; ++i) {
+    T* __restrict row = rows + i * stride;
+    const T* __restrict mean = means + index_[i] * d;
+    for (int64_t j = 0; j < d; ++j) row[j] = T(double(mean[j]) - center[j]);
+    std::fill(row + d, row + stride, T(0));
+    double square[kPadColumns] = {}, sum = 0;
+    for (int64_t j = 0; j < stride; j += kPadColumns)
+      for (int64_t l = 0; l < kPadColumns; ++l) square[l] += double(row[j + l]) * double(row[j + l]);
+    for (double part : square) sum += part;
+    weights[i] = log_weights[index_[i]];
+    half_norms[i] = T(sum / 2);
+    largest = std::max(largest, sum);
   }
-  view_ = {rows,  weights, half_norms, index_.data(), center_.data(), means, std::sqrt(largest), live,
-           k_pad, k,       d,          stride};
+  view_ = {rows, weights, half_norms, index_.data(), center, means, std::sqrt(largest), live, k_pad, k, d, stride};
 }
 
 template class Prepared<float>;

@@ -7,24 +7,29 @@ namespace flowfast::FLOWFAST_ISA {
 
 constexpr int64_t kChunk = 64;  // a dot product is a sum of partial sums of this length (error_constant relies on it)
 
-// dots (count, B) = rows (count, d) . z (d, B); count a multiple of kTile. Rounding: error_constant(d) u |row| |z|.
-template <class T>
+// dots (count, B) = rows (count, d) . z (d, B); count a multiple of 4. Rounding: error_constant(d) u |row| |z|.
+template <class T, int Tile = kTile>
 void project(const T* rows, int64_t stride, int64_t count, const T* z, int64_t d, T* dots) {
-  for (int64_t k = 0; k < count; k += kTile) {
+  if (Tile > 4 && count % Tile) {
+    const int64_t whole = count / Tile * Tile;
+    project<T, 4>(rows + whole * stride, stride, count - whole, z, d, dots + whole * B<T>);
+    count = whole;
+  }
+  for (int64_t k = 0; k < count; k += Tile) {
     for (int64_t start = 0; start < d; start += kChunk) {
       const int64_t stop = start + kChunk < d ? start + kChunk : d;
       const T* row = rows + k * stride;
-      Vec<T> acc[kTile][P] = {};
+      Vec<T> acc[Tile][P] = {};
       for (int64_t j = start; j < stop; ++j) {
         Vec<T> point[P];
         for (int p = 0; p < P; ++p) point[p] = at(z + j * B<T> + p * W<T>);
 #pragma GCC unroll 8
-        for (int t = 0; t < kTile; ++t) {
+        for (int t = 0; t < Tile; ++t) {
           const Vec<T> mean = all(row[t * stride + j]);
           for (int p = 0; p < P; ++p) acc[t][p] += mean * point[p];
         }
       }
-      for (int t = 0; t < kTile; ++t)
+      for (int t = 0; t < Tile; ++t)
         for (int p = 0; p < P; ++p) {
           Vec<T>& dot = at(dots + (k + t) * B<T> + p * W<T>);
           dot = start == 0 ? acc[t][p] : dot + acc[t][p];
@@ -33,14 +38,15 @@ void project(const T* rows, int64_t stride, int64_t count, const T* z, int64_t d
   }
 }
 
-// sum (columns, B) += sum over the listed components of weights (., B) * rows (., columns); columns a multiple of
-// kTile.
+// sum (columns, B) += sum over the listed components of weights (., B) * rows (., columns), or = where fresh; columns a
+// multiple of kTile.
 template <class T>
-void accumulate(const T* rows, int64_t stride, const int* live, int n_live, const T* weights, int64_t columns, T* sum) {
+void accumulate(const T* rows, int64_t stride, const int* live, int n_live, const T* weights, int64_t columns, T* sum,
+                bool fresh = false) {
   for (int64_t j = 0; j < columns; j += kTile) {
     Vec<T> acc[kTile][P];
     for (int t = 0; t < kTile; ++t)
-      for (int p = 0; p < P; ++p) acc[t][p] = at(sum + (j + t) * B<T> + p * W<T>);
+      for (int p = 0; p < P; ++p) acc[t][p] = fresh ? Vec<T>{} : at(sum + (j + t) * B<T> + p * W<T>);
     for (int l = 0; l < n_live; ++l) {
       const T* row = rows + live[l] * stride + j;
       const T* weight = weights + int64_t(live[l]) * B<T>;
@@ -94,22 +100,6 @@ inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t 
   for (int i = 0; i < W<T>; ++i) v[i] = at(from + i * from_stride);
   transpose_steps<T, 1>(v);
   for (int i = 0; i < W<T>; ++i) at(to + i * to_stride) = v[i];
-}
-
-// rows (B, stride) -> lanes (stride, B)
-template <class T>
-void rows_to_lanes(const T* rows, int64_t stride, T* lanes) {
-  for (int p = 0; p < P; ++p)
-    for (int64_t j = 0; j < stride; j += W<T>)
-      transpose_square(rows + p * W<T> * stride + j, stride, lanes + j * B<T> + p * W<T>, B<T>);
-}
-
-// lanes (stride, B) -> rows (B, stride)
-template <class T>
-void lanes_to_rows(const T* lanes, int64_t stride, T* rows) {
-  for (int p = 0; p < P; ++p)
-    for (int64_t j = 0; j < stride; j += W<T>)
-      transpose_square(lanes + j * B<T> + p * W<T>, B<T>, rows + p * W<T> * stride + j, stride);
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

@@ -85,7 +85,7 @@ void refine_row(const PosteriorJob<T>& job, int64_t i, const Point<T>& point, do
   const Components<T>& c = *job.components;
   const int64_t d = c.d;
   double *first = scratch, *through = first + d, *relative = through + d;
-  for (int64_t j = 0; j < 2 * d; ++j) scratch[j] = 0;
+  for (int64_t j = 0; j < (point.v ? 2 * d : d); ++j) scratch[j] = 0;
   const Sums s = sum_components(c, point, first, through, job.weights ? relative : nullptr);
   const T* leader = c.means + c.index[point.leader] * d;
   const double alpha = point.alpha, inverse = 1 / (point.std * point.std), share = 1 / s.weight;

@@ -18,6 +18,11 @@ constexpr int kVectorBytes = 32, kTile = 4;
 #else
 constexpr int kVectorBytes = 16, kTile = 4;
 #endif
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;  // x - alpha center is rounded twice
+#endif
 constexpr int P = 2;  // registers across a block: one broadcast mean feeds P products
 
 template <class T>
@@ -55,7 +60,7 @@ inline const Vec<T>& at(const T* p) {
 }
 template <class T>
 inline Vec<T> all(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, which 0 + x is not: one broadcast, straight from memory
 }
 template <class V>
 inline V larger(V a, V b) {
@@ -86,6 +91,23 @@ template <class V>
 inline V square_root(V a) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = __builtin_sqrt(a[i]);
   return a;
+}
+// *to = value past the caches where the instruction set can; `to` is aligned to a register, drain() follows the last
+// one
+template <class V>
+inline void stream_to(V* to, const V& value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<const __m512i&>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(value));
+#else
+  *to = value;
+#endif
+}
+inline void drain() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 template <class V>
 inline auto sum_lanes(V a) {
