@@ -1,65 +1,88 @@
-"""`python -m bench`: run every case, print a table, write `<out>/<machine>-<device>.json`."""
+"""`python -m bench`: test, measure the ceilings, time every case, print tables, write <out>/<machine>-cpu.json."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from bench.cases import cases
-from bench.timing import Timing, as_json, measure
-from flowfast.experiments.machine import machine, versions
+from bench import gate
+from bench.cases import LONG, cases, names
+from bench.ceilings import ceilings
+from bench.results import as_json, table
+from bench.timing import measure
+from flowfast.experiments.machine import PACKAGES, machine, versions
+
+PEERS = ("scikit-learn", "jax", "jaxlib", "diffrax", "torchdiffeq", "torchode", "pykeops")
 
 
-def main() -> None:
-    """Parse the options, run, print, write."""
+def main() -> int:
+    """Parse the options, run, print, write; exit code 1 when tests were red."""
+    options = parse()
+    console = Console(width=130, highlight=False)
+    start, load, cores = time.perf_counter(), os.getloadavg()[0], os.cpu_count() or 1
+    report: dict[str, Any] = {"processor": processor(options.device), "cores": cores, **machine()}
+    report["versions"] = versions(tuple(dict.fromkeys((*PACKAGES, *PEERS))))
+    report |= {"load_before": load, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set")}
+    if load > cores / 2:
+        console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
+    chosen, rates = tuple(options.case), None
+    red: set[str] = set()
+    if options.device == "cpu":
+        picked = [name for name in chosen or names() if chosen or name not in LONG]
+        red = gate.red({gate.operation(name) for name in picked}, reuse=options.reuse_tests)
+        threads = torch.get_num_threads()
+        report["ceilings"] = ceilings(tuple(sorted({1, threads})))
+        rates = report["ceilings"][str(threads)]
+        for count, found in report["ceilings"].items():
+            shown = ", ".join(f"{name} {1e-9 * x:.4g} G/s" for name, x in found.items())
+            console.print(f"ceilings, {count} threads: {shown}")
+    report |= {"red": sorted(red), "complete": False, "cases": {}}
+    name = re.sub("[^a-z0-9]+", "-", report["processor"].lower()).strip("-")
+    path = options.out / f"{name}-{options.device}.json"
+    warnings.filterwarnings("ignore", module="torch|jax|torchode|pykeops|sklearn")
+    with torch.inference_mode():
+        for case in cases(options.device, quick=options.quick, chosen=chosen):
+            if case.problem.operation in red:
+                console.print(f"{case.title}: not timed, the tests of {case.problem.operation} are red")
+                continue
+            result = as_json(case, measure(case, seconds=options.seconds), rates)
+            report["cases"][case.name] = result
+            console.print(table(result))
+            write(path, report)  # a run that is stopped keeps what it has
+            del case
+            gc.collect()
+    report |= {"complete": True, "load_after": os.getloadavg()[0], "seconds": round(time.perf_counter() - start)}
+    write(path, report)
+    console.print(f"written after {report['seconds']} s, load {report['load_after']:.1f}: {path}")
+    return 1 if red else 0
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """The results as JSON, the folder made when it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of turns per case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of turns per contender of a case, or one turn")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the points, to see that it runs")
-    options = parser.parse_args()
-    console, results = Console(width=100), {}
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores / 2:
-        console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
-    with torch.inference_mode():
-        for case in cases(options.device, quick=options.quick):
-            timings = measure(case, seconds=options.seconds)
-            results[case.name] = as_json(timings)
-            console.print(table(case.name, timings))
-    name = processor(options.device)
-    report = {"processor": name, "cores": cores, "load_at_start": load, **machine(), "versions": versions()}
-    report["cases"] = results
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{options.device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {path}", highlight=False)
-
-
-def table(name: str, timings: dict[str, Timing]) -> Table:
-    """One case as a table; ratios are to the first row."""
-    result = Table(title=name, title_justify="left")
-    for heading in ("", "median ms", "fastest", "ratio", "of fastest", "error, median", "error, worst"):
-        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    first = next(iter(timings.values()))
-    for contender, timing in timings.items():
-        result.add_row(
-            contender,
-            f"{1e3 * timing.median:.3g}",
-            f"{1e3 * timing.fastest:.3g}",
-            f"{timing.median / first.median:.2f}",
-            f"{timing.fastest / first.fastest:.2f}",
-            f"{timing.error_median:.1e}",
-            f"{timing.error_worst:.1e}",
-        )
-    return result
+    parser.add_argument("--case", nargs="+", choices=names(), default=[], help="only these; all but the longest")
+    parser.add_argument("--reuse-tests", action="store_true", help="trust a green run of the same sources and build")
+    return parser.parse_args()
 
 
 def processor(device: str) -> str:
@@ -71,4 +94,4 @@ def processor(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -109,6 +109,11 @@ WRONG = [
     ("stability --means means.npy --std 0.1 --plot file/a.png", "--plot.*cannot be written"),
     ("report nowhere", "FOLDER: nowhere holds no flowfast job"),
     ("report begun", "FOLDER: begun holds an unfinished job"),
+    ("bench compare missing.json file", r"FILE: missing\.json cannot be read \(No such file"),
+    ("bench compare text.npy file", r"FILE: text\.npy cannot be read \(it is no JSON\)"),
+    ("bench compare job/job.json file", r"FILE: job/job\.json is no benchmark result"),
+    ("bench draw a.json b.json", "draw"),
+    ("bench compare a.json", "AFTER"),
     ("paint", "paint"),
     ("doctor --fast", "--fast"),
 ]
@@ -204,6 +209,24 @@ def test_a_check_that_raises_has_failed(monkeypatch: pytest.MonkeyPatch) -> None
     assert [name for name, check in found.items() if not check.ok] == ["stability against quadrature"]
 
 
+def test_bench_compare_shows_what_moved(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def result(median: float, **contenders: float) -> dict[str, object]:
+        rows = {
+            name: {"median": x, "lower": 0.9 * x, "upper": 1.1 * x}
+            for name, x in {"flowfast": median, **contenders}.items()
+        }
+        return {"processor": "p", "threads": 2, "cases": {"S1": {"contenders": rows}}}
+
+    Path("a.json").write_text(json.dumps(result(1e-3, numpy=2e-3, JAX=1.0)))
+    Path("b.json").write_text(json.dumps(result(5e-4, numpy=2.1e-3) | {"threads": 1}))
+    code, out, err = _call("bench compare a.json b.json", capsys)
+    assert code == 0 and err == "" and "0.50 faster" in out and "1.05 " in out and "slower" not in out
+    assert "not the same in both: threads" in out and "in before alone: S1, JAX" in out
+    code, out, _ = _call("bench compare a.json b.json --json", capsys)
+    rows = {row["contender"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["flowfast"]["ratio"] == 0.5 and rows["flowfast"]["apart"] and not rows["numpy"]["apart"]
+
+
 def _fail(error: BaseException) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -257,12 +280,14 @@ def test_help_lists_commands_without_importing_anything_heavy() -> None:
         "print(sorted({'torch', 'matplotlib', 'scipy', 'sklearn', 'jinja2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in ("digits", "distill", "sample", "stability", "doctor", "report"))
+    assert all(
+        name in done.stdout for name in ("digits", "distill", "sample", "stability", "doctor", "report", "bench")
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("digits", "distill", "sample", "stability", "doctor", "report"):
+    for command in ("digits", "distill", "sample", "stability", "doctor", "report", "bench"):
         code, out, err = _call(f"{command} --help", capsys)
         assert code == 0 and "--json" in out and err == ""
 

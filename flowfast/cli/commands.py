@@ -13,7 +13,19 @@ import numpy as np
 
 from flowfast import backends, doctor
 from flowfast.cli import tables
-from flowfast.cli.options import Command, Digits, Distill, Doctor, JobOptions, Report, Sample, Stability, UsageError
+from flowfast.cli.compare import compare
+from flowfast.cli.options import (
+    Bench,
+    Command,
+    Digits,
+    Distill,
+    Doctor,
+    JobOptions,
+    Report,
+    Sample,
+    Stability,
+    UsageError,
+)
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
     FolderError,
@@ -69,6 +81,8 @@ def run(command: Command) -> int:
             return _report(command)
         case Doctor():
             return _doctor(command)
+        case Bench():
+            return _bench(command)
 
 
 @contextmanager
@@ -213,6 +227,16 @@ def _doctor(command: Doctor) -> int:
         for table in tables.findings(facts, checks):
             tables.console().print(table)
     return 0 if all(check.ok for check in checks) else 1
+
+
+def _bench(command: Bench) -> int:
+    with _arguments("FILE"):
+        found = compare(command.before, command.after)
+    if command.json:
+        _print_json(found)
+    else:
+        tables.console().print(tables.comparison(found))
+    return 0
 
 
 def _npy(array: np.ndarray[Any, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
@@ -130,6 +130,20 @@ class Report:
     """Print the report's path as JSON on stdout."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Show what moved between two benchmark files (`make bench` in the source tree writes them)."""
+
+    action: Positional[Literal["compare"]]
+    """What to do: compare."""
+    before: Positional[Annotated[Path, arg(metavar="BEFORE")]]
+    """Results of the earlier run, .json."""
+    after: Positional[Annotated[Path, arg(metavar="AFTER")]]
+    """Results of the later run, .json."""
+    json: bool = False
+    """Print the comparison as JSON on stdout."""
+
+
 Command = (
     Annotated[Digits, subcommand("digits")]
     | Annotated[Distill, subcommand("distill")]
@@ -137,4 +151,5 @@ Command = (
     | Annotated[Stability, subcommand("stability")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Bench, subcommand("bench")]
 )

@@ -136,3 +136,21 @@ def findings(facts: Mapping[str, Mapping[str, Any]], checks: Sequence[Check]) ->
         verdict = "[green]ok[/]" if check.ok else "[bold red]failed[/]"
         tests.add_row(check.name, verdict, escape(check.detail), f"{check.seconds:.2f} s")
     return [plain, tests]
+
+
+def comparison(found: Mapping[str, Any]) -> Table:
+    """Two benchmark runs; contenders whose ranges between quartiles do not overlap stand out."""
+    table = Table(title="Medians, before and after", title_justify="left")
+    for head in ("case", "contender", "before ms", "after ms", "after / before"):
+        table.add_column(head, justify="left" if head in ("case", "contender") else "right")
+    for row in found["rows"]:
+        style = None if not row["apart"] else "green" if row["ratio"] < 1 else "red"
+        moved = f"{row['ratio']:.2f}" + ("" if not row["apart"] else " faster" if row["ratio"] < 1 else " slower")
+        times = (f"{1e3 * row[when]:.3g}" for when in ("before", "after"))
+        table.add_row(escape(row["case"]), escape(row["contender"]), *times, moved, style=style)
+    notes = [f"not the same in both: {', '.join(found['differs'])}"] if found["differs"] else []
+    notes += [
+        f"in {when} alone: {'; '.join(found['only_' + when])}" for when in ("before", "after") if found["only_" + when]
+    ]
+    table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
+    return table
