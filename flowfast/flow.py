@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowfast import backends, reference
 from flowfast.mixture import GaussianMixture
-from flowfast.ops import check_points, working_dtype
+from flowfast.ops import check_points, check_times, working_dtype
 from flowfast.process import OUProcess, Times
 from flowfast.tableaux import DORMAND_PRINCE, RK4
 
@@ -161,12 +161,7 @@ def _ends(x: Tensor, mixture: GaussianMixture, process: OUProcess, t_from: Times
     columns = []
     for name, t in (("t_from", t_from), ("t_to", t_to)):
         std = process.std(t, mixture.std)
-        try:
-            fits = torch.broadcast_shapes(std.shape, x.shape[:-1]) == x.shape[:-1]
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"{name} must be a number or broadcast to {tuple(x.shape[:-1])}; got {tuple(std.shape)}")
+        check_times(name, std, x)
         columns += [process.alpha(t).to(x.device) / std.to(x.device), std.to(x.device)]
     if all(column.ndim == 0 for column in columns):
         return torch.stack(columns)

@@ -193,13 +193,18 @@ def _at(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times) -> tu
     """Signal factor and standard deviation at time t, float64 on x's device."""
     check_points(x, mixture)
     alpha, std = process.alpha(t), process.std(t, mixture.std)
+    check_times("t", alpha, x)
+    return alpha.to(x.device), std.to(x.device)
+
+
+def check_times(name: str, value: Tensor, x: Tensor) -> None:
+    """Refuse a time (or what was made of it) that is neither a number nor one per point of x (..., d)."""
     try:
-        fits = torch.broadcast_shapes(alpha.shape, x.shape[:-1]) == x.shape[:-1]
+        fits = torch.broadcast_shapes(value.shape, x.shape[:-1]) == x.shape[:-1]
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"t must be a number or broadcast to {tuple(x.shape[:-1])}; got shape {tuple(alpha.shape)}")
-    return alpha.to(x.device), std.to(x.device)
+        raise ValueError(f"{name} must be a number or broadcast to {tuple(x.shape[:-1])}; got {tuple(value.shape)}")
 
 
 def _flat(value: Tensor, x: Tensor) -> Tensor:

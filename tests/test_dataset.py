@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_reading_by_pair_path_and_row(tmp_path):
     assert data.process.to_dict() == PROCESS.to_dict()
     for name in ("means", "std", "log_weights"):
         assert torch.equal(getattr(data.mixture, name), getattr(mixture(), name))
-    assert torch.equal(pickle.loads(pickle.dumps(data)).path(), path)
+    assert torch.equal(copy.copy(data).path(), path)
     assert len(list(torch.utils.data.DataLoader(data, batch_size=5))) == 2
     before = data[5].clone()
     data[5].zero_()  # what is handed out is a copy
