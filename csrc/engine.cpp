@@ -1,15 +1,22 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
-#include "prepare.hpp"
+#include "pool.hpp"
 
 namespace flowfast {
 namespace {
 
-constexpr double kFlopsPerThread = 2e6;  // below this, waking another thread costs more than it saves
-constexpr int64_t kMaxStages = 16;
+constexpr double kFlopsPerThread = 4e6;     // below this, waking another thread costs more than it saves
+constexpr size_t kPackedBytes = 8 << 20;    // larger mixtures are packed panel by panel, unless a flow needs all panels
+constexpr size_t kHugePage = 2 << 20;
+constexpr int64_t kMaxStages = 16, kSampled = 1024;
 
 int useful_threads(int threads, double flops) {
   return std::max(1, int(std::min<double>(threads, flops / kFlopsPerThread)));
@@ -25,32 +32,62 @@ void share(int64_t rows, int64_t grain, int threads, const Kernel& kernel) {
   });
 }
 
-// A run of blocks long enough to make the hand-out free, short enough to balance uneven workers.
-int64_t run_length(int64_t n, int64_t block, int threads) {
-  const int64_t blocks = (n + block - 1) / block;
-  return block * std::clamp<int64_t>(blocks / (8 * threads), 1, 16);
+// Fresh memory of a large output in pages of 2 MiB: thousands of page faults less.
+void advise_huge_pages(void* out, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (uintptr_t(out) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(out) + bytes) / kHugePage * kHugePage;
+  if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
-// The Gram matrix where the flow is cheaper in the span of the means (2 k^2 flops per evaluation instead of 4 k d).
+// Owns what Components points to. centre: near the average of the means (of a sample of them), otherwise zero.
 template <class T>
-T* make_gram(const Components<T>& c, Form form, int threads, FlowJob<T>& job, Arena& arena) {
-  if (form == Form::full || (form == Form::automatic && c.k >= 2 * c.d)) return nullptr;
-  job.gram_stride = (c.k_pad + kPadColumns - 1) / kPadColumns * kPadColumns;
-  T* gram = static_cast<T*>(arena.take(size_t(c.k_pad * job.gram_stride) * sizeof(T)));
-  std::fill(gram, gram + c.k_pad * job.gram_stride, T(0));
-  const Kernels<T>& table = kernels<T>();
-  share(c.k_pad, table.block, useful_threads(threads, 2.0 * double(c.k_pad) * double(c.k_pad) * double(c.d)),
-        [&](Work& work, Arena& scratch) { table.gram(c, gram, job.gram_stride, work, scratch); });
-  return gram;
-}
+class Prepared : public Components<T> {
+ public:
+  Prepared(const T* means, const T* log_weights, int64_t k, int64_t d, bool centre, size_t packed_bytes)
+      : Components<T>{means, log_weights, nullptr, nullptr, 0, k, d, (d + kColumns - 1) / kColumns * kColumns} {
+    if (std::all_of(log_weights, log_weights + k, [](T w) { return w == -std::numeric_limits<T>::infinity(); }))
+      throw std::invalid_argument("log_weights: every component has weight 0; give one a positive weight");
+    T* center = static_cast<T*>(arena_.take(size_t(this->stride) * sizeof(T)));
+    std::vector<double> sum(size_t(this->stride), 0.0);
+    const int64_t step = std::max<int64_t>(1, k / kSampled), count = (k + step - 1) / step;
+    for (int64_t i = 0; centre && i < k; i += step)
+      for (int64_t j = 0; j < d; ++j) sum[size_t(j)] += double(means[i * d + j]);
+    for (int64_t j = 0; j < this->stride; ++j) center[j] = T(sum[size_t(j)] / double(count));
+    this->center = center;
+    const size_t bytes = size_t(kernels<T>().packed_size(k, this->stride)) * sizeof(T);
+    if (bytes > packed_bytes) return;
+    T* packed = static_cast<T*>(arena_.take(bytes));
+    this->radius = kernels<T>().pack(*this, packed);
+    this->packed = packed;
+  }
 
-void check_stages(int64_t stages) {
-  if (stages < 1 || stages > kMaxStages)
-    throw std::invalid_argument("tableau: got " + std::to_string(stages) + " stages, expected 1 to 16");
-}
+ private:
+  Arena arena_;
+};
 
-double flow_flops(int64_t n, int64_t k, int64_t d, double evaluations) {
-  return double(n) * evaluations * double(k) * double(std::min(2 * k, 4 * d));
+// (m, S + 1, S + 3): z_j = z + rho_j z + sum_l B_jl g_l with g_l = mubar(c_l z_l, r_l); row j holds rho_j, c_j, r_j,
+// B_j., and row S the update of the step itself. The linear part a z of the field is folded in, in float64.
+std::vector<double> step_table(const double* coefficients, const double* h, const double* tableau, int64_t m,
+                               int64_t s) {
+  std::vector<double> table(size_t(m * (s + 1) * (s + 3)), 0.0);
+  for (int64_t i = 0; i < m; ++i) {
+    double* rows = table.data() + i * (s + 1) * (s + 3);
+    const double* stage = coefficients + i * s * 4;
+    for (int64_t j = 0; j <= s; ++j) {
+      double* row = rows + j * (s + 3);
+      const double* butcher = tableau + (j < s ? j : s + 1) * s;
+      for (int64_t l = 0; l < (j < s ? j : s); ++l) {
+        const double weight = h[i] * butcher[l], a = stage[l * 4], *earlier = rows + l * (s + 3);
+        row[0] += weight * a * (1 + earlier[0]);
+        for (int64_t q = 0; q < l; ++q) row[3 + q] += weight * a * earlier[3 + q];
+        row[3 + l] += weight * stage[l * 4 + 1];
+      }
+      if (j < s) row[1] = stage[j * 4 + 2], row[2] = stage[j * 4 + 3];
+    }
+  }
+  return table;
 }
 
 }  // namespace
@@ -67,65 +104,67 @@ const Kernels<double>& kernels<double>() {
 template <class T>
 void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_t n, int64_t k, int64_t d,
                int threads) {
-  const Kernels<T>& table = kernels<T>();
   if (n == 0) return;
-  const Prepared<T> prepared(means, log_weights, k, d, true);
-  job.components = &prepared.components();
+  const bool rows = job.output == Output::trace || job.output == Output::log_density;
+  const int64_t width = job.output == Output::weights ? k : rows ? 1 : d;
+  advise_huge_pages(job.out, size_t(n * width) * sizeof(T));
+  const Prepared<T> prepared(means, log_weights, k, d, true, job.output == Output::weights ? 0 : kPackedBytes);
+  job.components = &prepared;
   threads = useful_threads(threads, 4.0 * double(n) * double(k) * double(d));
-  share(n, run_length(n, table.block, threads), threads,
-        [&](Work& work, Arena& arena) { table.posterior(job, work, arena); });
+  // runs of blocks long enough to share panels and make the hand-out free, short enough to balance uneven workers
+  const int64_t block = kernels<T>().block, blocks = (n + block - 1) / block;
+  const int64_t grain = block * std::clamp<int64_t>(blocks / (prepared.packed ? 8 * threads : threads), 1, 16);
+  share(n, grain, threads, [&](Work& work, Arena& arena) { kernels<T>().posterior(job, work, arena); });
 }
 
+// Fixed steps where coefficients (m, S, 4) are given, otherwise step-size control.
 template <class T>
-void flow_fixed(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h,
-                int64_t n, int64_t k, int64_t d, Form form, int threads) {
+void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h, int64_t n,
+          int64_t k, int64_t d, Form form, int threads) {
   const Kernels<T>& table = kernels<T>();
-  check_stages(job.stages);
+  if (job.stages < 1 || job.stages > kMaxStages)
+    throw std::invalid_argument("tableau: got " + std::to_string(job.stages) + " stages, expected 1 to 16");
   if (n == 0) return;
-  const Prepared<T> prepared(means, log_weights, k, d, false);
-  const std::vector<double> steps = step_table(coefficients, h, job.tableau, job.steps, job.stages);
+  const Prepared<T> prepared(means, log_weights, k, d, false, std::numeric_limits<size_t>::max());
   Arena arena;
-  job.components = &prepared.components();
+  job.components = &prepared;
+  // in the span of the means an evaluation costs 2 k^2 flops instead of 4 k d
+  if (form == Form::span || (form == Form::automatic && k < 2 * d)) {
+    job.k_pad = (k + 15) / 16 * 16;
+    T* gram = static_cast<T*>(arena.take(size_t(job.k_pad * job.k_pad) * sizeof(T)));
+    std::fill(gram, gram + job.k_pad * job.k_pad, T(0));
+    share(k, table.block, useful_threads(threads, 2.0 * double(k) * double(k) * double(d)),
+          [&](Work& work, Arena& scratch) { table.gram(prepared, gram, job.k_pad, work, scratch); });
+    job.gram = gram;
+  }
+  std::vector<double> steps;
+  if (coefficients) steps = step_table(coefficients, h, job.tableau, job.steps, job.stages);
   job.table = steps.data();
-  job.gram = make_gram(prepared.components(), form, threads, job, arena);
-  threads = useful_threads(threads, flow_flops(n, k, d, double(job.steps * job.stages)));
-  share(n, table.block, threads, [&](Work& work, Arena& scratch) { table.flow_fixed(job, work, scratch); });
-}
-
-template <class T>
-void flow_adaptive(FlowJob<T> job, const T* means, const T* log_weights, int64_t n, int64_t k, int64_t d, Form form,
-                   int threads) {
-  const Kernels<T>& table = kernels<T>();
-  check_stages(job.stages);
-  if (n == 0) return;
-  const Prepared<T> prepared(means, log_weights, k, d, false);
-  Arena arena;
-  job.components = &prepared.components();
-  job.gram = make_gram(prepared.components(), form, threads, job, arena);
-  threads = useful_threads(threads, flow_flops(n, k, d, 100));
-  share(n, 1, threads, [&](Work& work, Arena& scratch) { table.flow_adaptive(job, work, scratch); });
+  const double evaluations = coefficients ? double(job.steps * job.stages) : 100;
+  threads = useful_threads(threads, double(n) * evaluations * double(k) * double(std::min(2 * k, 4 * d)));
+  share(n, table.block, threads, [&](Work& work, Arena& scratch) {
+    coefficients ? table.flow_fixed(job, work, scratch) : table.flow_adaptive(job, work, scratch);
+  });
 }
 
 template <class T>
 double diameter(const T* means, int64_t k, int64_t d, int threads) {
-  const Kernels<T>& table = kernels<T>();
   const std::vector<T> log_weights(size_t(k), T(0));
-  const Prepared<T> prepared(means, log_weights.data(), k, d, true);
+  const Prepared<T> prepared(means, log_weights.data(), k, d, true, kPackedBytes);
   threads = useful_threads(threads, double(k) * double(k) * double(d));
   std::vector<double> largest(size_t(threads), 0.0);
-  Work work(k, table.block);
+  Work work(k, kernels<T>().block * (prepared.packed ? 1 : 8));
   run_workers(threads, [&](int worker) {
     Arena arena;
-    largest[size_t(worker)] = table.diameter(prepared.components(), work, arena);
+    largest[size_t(worker)] = kernels<T>().diameter(prepared, work, arena);
   });
   return *std::max_element(largest.begin(), largest.end());
 }
 
-#define FLOWFAST_INSTANTIATE(T)                                                                                     \
-  template void posterior(PosteriorJob<T>, const T*, const T*, int64_t, int64_t, int64_t, int);                     \
-  template void flow_fixed(FlowJob<T>, const T*, const T*, const double*, const double*, int64_t, int64_t, int64_t, \
-                           Form, int);                                                                              \
-  template void flow_adaptive(FlowJob<T>, const T*, const T*, int64_t, int64_t, int64_t, Form, int);                \
+#define FLOWFAST_INSTANTIATE(T)                                                                                   \
+  template void posterior(PosteriorJob<T>, const T*, const T*, int64_t, int64_t, int64_t, int);                   \
+  template void flow(FlowJob<T>, const T*, const T*, const double*, const double*, int64_t, int64_t, int64_t, Form, \
+                     int);                                                                                        \
   template double diameter(const T*, int64_t, int64_t, int);
 FLOWFAST_INSTANTIATE(float)
 FLOWFAST_INSTANTIATE(double)

@@ -21,14 +21,11 @@ enum class Form { automatic, span, full };
 template <class T>
 void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_t n, int64_t k, int64_t d, int threads);
 
-// coefficients (m, S, 4) of a, b, c, r per stage; h (m,); job.tableau (S + 3, S).
+// job.tableau (S + 3, S). Fixed steps where coefficients (m, S, 4), a, b, c, r of every stage, and h (m,) are given;
+// otherwise (null) an embedded pair with step-size control.
 template <class T>
-void flow_fixed(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h,
-                int64_t n, int64_t k, int64_t d, Form form, int threads);
-
-template <class T>
-void flow_adaptive(FlowJob<T> job, const T* means, const T* log_weights, int64_t n, int64_t k, int64_t d, Form form,
-                   int threads);
+void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h, int64_t n,
+          int64_t k, int64_t d, Form form, int threads);
 
 // max_ij |means_i - means_j|, relative error a few eps of T
 template <class T>

@@ -1,13 +1,17 @@
 // The kernels of one instruction set. Compiled once per set with its own flags and its own FLOWFAST_ISA.
 #include "flow_adaptive.hpp"
-#include "pairs.hpp"
-#include "screen.hpp"
+#include "weights.hpp"
 
 #define FLOWFAST_TEXT(name) #name
 #define FLOWFAST_NAME(name) FLOWFAST_TEXT(name)
 
 namespace flowfast::FLOWFAST_ISA {
 namespace {
+
+template <class T>
+void pointwise(const PosteriorJob<T>& job, Work& work, Arena& arena) {
+  job.output == Output::weights ? weights<T>(job, work, arena) : posterior<T>(job, work, arena);
+}
 
 template <class T>
 void fixed(const FlowJob<T>& job, Work& work, Arena& arena) {
@@ -20,7 +24,8 @@ void adaptive(const FlowJob<T>& job, Work& work, Arena& arena) {
 }
 
 template <class T>
-constexpr Kernels<T> table{B<T>, posterior<T>, gram<T>, fixed<T>, adaptive<T>, diameter<T>, exponential_array<T>};
+constexpr Kernels<T> table{B<T>,    packed_size<T>, pack<T>,        pointwise<T>,        gram<T>,
+                           fixed<T>, adaptive<T>,    diameter<T>, exponential_array<T>};
 
 }  // namespace
 

@@ -11,43 +11,38 @@ class Arena;  // 64-byte aligned scratch memory of one worker (pool.hpp)
 bool next_rows(Work& work, int64_t& begin, int64_t& end);
 void* take_bytes(Arena& arena, size_t bytes);
 
-// The components that carry weight, centred and padded with zero rows of weight zero (prepare.hpp).
+// A mixture as the kernels read it. Panels (panels.hpp) are packed once, or by each worker when it needs them.
 template <class T>
 struct Components {
-  const T* rows;            // (k_pad, stride) means - center, rounded to T, 64-byte aligned rows
-  const T* log_weights;     // (k_pad,) -inf in the padding
-  const T* half_norms;      // (k_pad,) |row|^2 / 2
-  const int64_t* index;     // (k,) row of the caller's means
-  const double* center;     // (stride,) zero in the padding
-  const T* means;           // (k_all, d) as the caller gave them
-  double radius;            // max |row|
-  int64_t k, k_pad, k_all;  // components with weight, the same padded to kPadRows, all components
-  int64_t d, stride;        // dimension, the same padded to kPadColumns
+  const T* means;        // (k, d) as the caller gave them
+  const T* log_weights;  // (k,) -inf: no weight
+  const T* center;       // (stride,) taken from means and points; zero in the padding
+  const T* packed;       // every panel, one after the other; null: not packed
+  double radius;         // max |mean - center| of the packed panels
+  int64_t k, d, stride;  // stride: d padded to kColumns
 };
-constexpr int64_t kPadRows = 8, kPadColumns = 16;
+constexpr int64_t kColumns = 16;
 
-// Row i sees centres alpha_i * means and standard deviation std_i. Null outputs are not computed.
+enum class Output { log_density, score, posterior_mean, trace, weights, hvp };
+
+// One quantity of every row. Row i sees centres alpha_i * means and standard deviation std_i.
 template <class T>
 struct PosteriorJob {
   const Components<T>* components;
+  Output output;
   const T* x;                    // (n, d)
   const T* v;                    // (n, d), needed by hvp only
   const double *alpha, *std;     // (n,) or (1,)
   int64_t alpha_step, std_step;  // 1 or 0
-  T* log_density;                // (n,)
-  T* score;                      // (n, d)
-  T* posterior_mean;             // (n, d)
-  T* trace;                      // (n,)
-  T* weights;                    // (n, k_all)
-  T* hvp;                        // (n, d)
+  T* out;                        // (n,) log_density, trace; (n, d) score, posterior_mean, hvp; (n, k) weights
 };
 
 // One trajectory per row. gram == nullptr selects the full form, otherwise the span of the means carries the state.
 template <class T>
 struct FlowJob {
   const Components<T>* components;  // center is zero: the caller's means are centred already
-  const T* gram;                    // (k_pad, gram_stride) rows . rows
-  int64_t gram_stride;
+  const T* gram;                    // (k_pad, k_pad) means . means
+  int64_t k_pad;
   const T* x;                       // (n, d)
   T* out;                           // (n, d)
   const double* center;             // (d,)
@@ -55,7 +50,7 @@ struct FlowJob {
   int64_t ends_step;                // 1 or 0
   int64_t stages;                   // S
   int64_t steps;                    // fixed: m
-  const double* table;              // fixed: (m, S + 1, S + 3), see step_table in prepare.hpp
+  const double* table;              // fixed: (m, S + 1, S + 3), see step_table in engine.cpp
   const double* tableau;            // adaptive: (S + 3, S): A, nodes, b, b - bhat
   double rtol, atol;                // adaptive
   int32_t max_steps;                // adaptive
@@ -65,9 +60,11 @@ struct FlowJob {
 
 template <class T>
 struct Kernels {
-  int64_t block;  // B
+  int64_t block;                                               // B
+  int64_t (*packed_size)(int64_t k, int64_t stride);           // numbers in all panels
+  double (*pack)(const Components<T>&, T* packed);             // fills them, gives the radius
   void (*posterior)(const PosteriorJob<T>&, Work&, Arena&);
-  void (*gram)(const Components<T>&, T* gram, int64_t gram_stride, Work&, Arena&);
+  void (*gram)(const Components<T>&, T* gram, int64_t k_pad, Work&, Arena&);
   void (*flow_fixed)(const FlowJob<T>&, Work&, Arena&);
   void (*flow_adaptive)(const FlowJob<T>&, Work&, Arena&);
   double (*diameter)(const Components<T>&, Work&, Arena&);  // of the rows in this worker's share of the triangle

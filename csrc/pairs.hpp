@@ -1,33 +1,35 @@
 // Products of the components with each other: Gram matrix and diameter. Nothing of size k * k but the Gram matrix
 // itself.
 #pragma once
-#include "products.hpp"
-#include "separation.hpp"
+#include "posterior.hpp"
 
 namespace flowfast::FLOWFAST_ISA {
 
-// lanes (d, B): rows first .. first + B - 1, zero beyond k_pad
+// lanes (stride, B) <- centred means first .. first + B - 1, the last one repeated
 template <class T>
-void rows_as_points(const Components<T>& c, int64_t first, T* lanes) {
-  for (int lane = 0; lane < B<T>; ++lane)
-    for (int64_t j = 0; j < c.d; ++j)
-      lanes[j * B<T> + lane] = first + lane < c.k_pad ? c.rows[(first + lane) * c.stride + j] : T(0);
+void means_to_lanes(const Components<T>& c, int64_t first, T* lanes) {
+  const T* rows[B<T>];
+  for (int l = 0; l < B<T>; ++l) rows[l] = c.means + (first + l < c.k ? first + l : c.k - 1) * c.d;
+  rows_to_lanes(rows, c.d, lanes, [&](int, int64_t j, Vec<T> row) { return centred_row(c, 1.0, j, row); });
 }
 
-// gram (k_pad, gram_stride) = rows . rows, for the rows this worker is given
+// gram (k_pad, k_pad) = rows . rows, for the rows this worker is given; zero in the padding
 template <class T>
-void gram(const Components<T>& c, T* gram, int64_t gram_stride, Work& work, Arena& arena) {
-  T* points = take<T>(arena, c.d * B<T>);
-  T* dots = take<T>(arena, c.k_pad * B<T>);
+void gram(const Components<T>& c, T* gram, int64_t k_pad, Work& work, Arena& arena) {
+  T *points = take<T>(arena, c.stride * B<T>), *dots = take<T>(arena, kPanel<T> * B<T>);
+  Panels<T> panels(c, arena);
   int64_t begin, end;
-  while (next_rows(work, begin, end)) {
+  while (next_rows(work, begin, end))
     for (; begin < end; begin += B<T>) {
-      rows_as_points(c, begin, points);
-      project(c.rows, c.stride, c.k_pad, points, c.d, dots);
-      for (int64_t lane = 0; lane < B<T> && begin + lane < c.k_pad; ++lane)
-        for (int64_t k = 0; k < c.k_pad; ++k) gram[(begin + lane) * gram_stride + k] = dots[k * B<T> + lane];
+      means_to_lanes(c, begin, points);
+      for (int64_t first = 0; first < c.k; first += kPanel<T>) {
+        const Panel<T> panel = panels.get(first);
+        project(panel, c.d, points, dots, [](int64_t, int, Vec<T> dot) { return dot; });
+        for (int64_t lane = 0; lane < B<T> && begin + lane < k_pad; ++lane)
+          for (int64_t i = 0; i < panel.count; ++i)
+            gram[(begin + lane) * k_pad + first + i] = begin + lane < c.k ? dots[i * B<T> + lane] : T(0);
+      }
     }
-  }
 }
 
 // Largest |m_i - m_j| over the rows i this worker is given and j >= i. The pair is found by centred products, its
@@ -35,34 +37,43 @@ void gram(const Components<T>& c, T* gram, int64_t gram_stride, Work& work, Aren
 // where two pairs tie.
 template <class T>
 double diameter(const Components<T>& c, Work& work, Arena& arena) {
-  T* points = take<T>(arena, c.d * B<T>);
-  T* dots = take<T>(arena, 64 * B<T>);
+  struct Farthest {
+    Vec<T> value[P];
+    Int<T> partner[P];
+  };
+  Panels<T> panels(c, arena);
+  const int64_t group = panels.group(), wide = c.stride * B<T>;
+  T *points = take<T>(arena, group * wide), *dots = take<T>(arena, kPanel<T> * B<T>);
+  Farthest* farthest = take<Farthest>(arena, group);
   double largest = 0;
   int64_t begin, end;
-  while (next_rows(work, begin, end)) {
-    for (; begin < end; begin += B<T>) {
-      rows_as_points(c, begin, points);
-      Vec<T> best[P] = {};
-      Int<T> partner[P] = {};
-      for (int64_t first = begin; first < c.k_pad; first += 64) {
-        const int64_t padded = c.k_pad - first < 64 ? c.k_pad - first : 64;
-        project(c.rows + first * c.stride, c.stride, padded, points, c.d, dots);
-        for (int64_t k = 0; k < padded && first + k < c.k; ++k)
-          for (int p = 0; p < P; ++p) {  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
-            const Vec<T> value = c.half_norms[first + k] - at(dots + k * B<T> + p * W<T>) + T(c.radius * c.radius);
-            const Int<T> above = value > best[p];
-            best[p] = above ? value : best[p];
-            partner[p] = above ? Int<T>{} + decltype(partner[p][0] + 0)(first + k) : partner[p];
-          }
+  while (next_rows(work, begin, end))
+    for (; begin < end; begin += group * B<T>) {
+      int64_t used = 0;
+      for (; used < group && begin + used * B<T> < end; ++used) {
+        means_to_lanes(c, begin + used * B<T>, points + used * wide);
+        for (int p = 0; p < P; ++p) farthest[used] = {};
+        for (int p = 0; p < P; ++p) farthest[used].value[p] = all(-Simd<T>::infinity);
       }
-      for (int64_t lane = 0; lane < B<T> && begin + lane < c.k; ++lane) {
-        const T* a = c.means + c.index[begin + lane] * c.d;
-        const T* b = c.means + c.index[partner[lane / W<T>][lane % W<T>]] * c.d;
-        const double square = 2 * separation(a, b, a, 1.0, c.d);
+      for (int64_t first = begin / kPanel<T> * kPanel<T>; first < c.k; first += kPanel<T>) {
+        const Panel<T> panel = panels.get(first);
+        for (int64_t g = 0; g < used; ++g)  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
+          project(panel, c.d, points + g * wide, dots, [&, &best = farthest[g]](int64_t k, int p, Vec<T> dot) {
+            const Vec<T> value = panel.half_norms[k] - dot;
+            const Int<T> above = first + k < c.k ? value > best.value[p] : Int<T>{};
+            best.partner[p] = above ? Int<T>{} + Index<T>(first + k) : best.partner[p];
+            best.value[p] = above ? value : best.value[p];
+            return dot;
+          });
+      }
+      for (int64_t i = begin; i < c.k && i < begin + used * B<T>; ++i) {
+        const int lane = int((i - begin) % B<T>);
+        const T* a = c.means + i * c.d;
+        const T* b = c.means + farthest[(i - begin) / B<T>].partner[lane / W<T>][lane % W<T>] * c.d;
+        const double square = squared_distance(a, b, 1.0, c.d);
         if (square > largest || square != square) largest = square;
       }
     }
-  }
   return __builtin_sqrt(largest);
 }
 

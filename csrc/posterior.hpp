@@ -1,180 +1,238 @@
-// Posterior weights, log-density, score, posterior mean, covariance trace and Hessian-vector product of a block of
-// points in one streaming pass over tiles of components, with logits in centred expanded form. What may be used of it,
-// and what is done again exactly, is decided in screen.hpp.
+// One streaming pass over panels of components for a block of points, with logits in centred expanded form. The pass
+// leaves a bound on the error of each point's logits; where it exceeds the contract, or where cancellation would show
+// in the output, refine_row does the row again. The contract, for every x:
+//   error <= max(1e-10, 64 eps (1 + alpha max |m| / s)), in units of sqrt(E |x - m|^2) / s^2 for the score, of
+//   (1 / s^2 + tr C / s^4) |v| for the Hessian-vector product, of s^2 / alpha^2 + tr C for the trace, of 1 for
+//   weights and log-density.
 #pragma once
-#include <type_traits>
-
 #include "refine.hpp"
 #include "softmax.hpp"
 
 namespace flowfast::FLOWFAST_ISA {
 
-// Error of project() in units of u |row| |z|: partial sums of kChunk terms, three standard deviations of their
+// Error of project() in units of u |row| |point|: partial sums of kChunk terms, three standard deviations of their
 // rounding.
 inline double error_constant(int64_t d) {
   return __builtin_sqrt(double(d < kChunk ? d : kChunk)) + __builtin_sqrt(double(d) / kChunk) + 1;
 }
 
+// Errors in units of u = eps / 2, as functions of rho = alpha max |m - center| / s and xi = |x - alpha center| / s.
+// Error the contract allows to logits.
+template <class T, class V>
+inline V allowed(V rho) {
+  return larger(128 * (1 + rho), V{} + (sizeof(T) == sizeof(double) ? T(2e5) : T(0)));
+}
+// A component so far below the largest logit has no weight at the precision of T, given the logits' error.
 template <class T>
-using Index = std::remove_reference_t<decltype(std::declval<Int<T>&>()[0])>;
+inline double harmless_gap(double error, int64_t k) {
+  return Simd<T>::eps * error + __builtin_log(double(k)) + Simd<T>::negligible;
+}
 
+// B points in lanes and what the pass knows of them.
 template <class T>
-struct PosteriorBlock {
-  T *points, *directions;  // (stride, B) x - alpha center in lanes;  (stride, B) v in lanes
-  T *tile, *through_tile;  // (kComponents, B) logits, then weights;  weights times m_k.v
-  T *kept, *tops;          // (k_pad, B) weights relative to their tile's maximum;  (tiles, B) those maxima
-  T* rows;                 // (W, k) weights as rows, padded to whole registers
-  T *mean, *through;       // (stride, B) sum e_k m_k;  sum e_k (m_k.v) m_k
-  T* centred;              // (stride,) one point of `points`
-  double* scratch;         // (2 d + k,)
-  double alpha[B<T>], std[B<T>], xi[B<T>];                         // xi = |x - alpha center| / std
-  alignas(kVectorBytes) T ratio[B<T>], inverse[B<T>], gain[B<T>];  // alpha, 1 / std^2, alpha / std^2
-  alignas(kVectorBytes) T top[B<T>], second_top[B<T>], sum[B<T>], second[B<T>], along[B<T>];
-  alignas(kVectorBytes) Index<T> leader[B<T>];
-  bool exact[B<T>];  // row is done by refine_row
+struct Block {
+  T *points, *directions, *mean, *through;  // (stride, B) x - alpha center; v; sum e_k m_k; sum e_k (m_k.v) m_k
+  const T *x[B<T>], *v[B<T>];               // the rows; those beyond the last repeat it
+  double alpha[B<T>], std[B<T>];
+  Vec<T> ratio[P], rate[P], gain[P], square[P];  // alpha, 1 / std, alpha / std^2, |x - alpha center|^2
+  Softmax<T> softmax;
+  Vec<T> second_top[P], second[P], along[P];  // second largest logit; sum e_k |m_k|^2 / 2; sum e_k m_k.v
+  Int<T> leader[P];
+  int64_t begin, count;
 };
 
+// Memory shared by the blocks of a worker.
 template <class T>
-PosteriorBlock<T> make_block(const PosteriorJob<T>& job, Arena& arena) {
-  const Components<T>& c = *job.components;
-  const int64_t wide = B<T> * c.stride, tile = B<T> * kComponents<T>;
-  const int64_t tiles = (c.k_pad + kComponents<T> - 1) / kComponents<T>;
-  T* memory = take<T>(arena, wide * (job.hvp ? 4 : 2) + c.stride + 2 * tile +
-                                 (job.weights ? tiles * (tile + B<T> + kComponents<T> * W<T>) : 0));
-  const auto next = [&memory](int64_t count) { return (memory += count) - count; };
-  PosteriorBlock<T> b{};
-  b.points = next(wide), b.mean = next(wide), b.tile = next(tile), b.through_tile = next(tile);
-  b.centred = next(c.stride);
-  if (job.hvp) b.directions = next(wide), b.through = next(wide);
-  if (job.weights)
-    b.kept = next(tiles * tile), b.tops = next(tiles * B<T>), b.rows = next(tiles * kComponents<T> * W<T>);
-  b.scratch = take<double>(arena, 2 * c.d + c.k);
-  return b;
-}
+struct Scratch {
+  T *tile, *through, *centred;  // (kPanel, B) logits, then weights; weights times m_k.v; (stride,) one point
+  double* sums;                 // (2 d + k,)
+  Scratch(const Components<T>& c, Arena& arena)
+      : tile(take<T>(arena, 2 * kPanel<T> * B<T>)),
+        through(tile + kPanel<T> * B<T>),
+        centred(take<T>(arena, c.stride)),
+        sums(take<double>(arena, 2 * c.d + c.k)) {}
+};
 
-// lanes (stride, B) <- rows (., d) begin .. begin + count - 1 less alpha center; lanes beyond count repeat the last
-// row.
+// row - alpha center, columns j .. j + W - 1
 template <class T>
-void load_lanes(const T* rows, int64_t begin, int64_t count, const Components<T>& c, const double* alpha, T* lanes) {
-  alignas(kVectorBytes) T square[W<T> * W<T>];
-  for (int64_t start = 0; start < B<T>; start += W<T>)
-    for (int64_t j = 0; j < c.stride; j += W<T>) {
-      const int64_t width = c.d - j < W<T> ? c.d - j : W<T>;
-      const double* __restrict center = c.center + j;
-      for (int64_t i = 0; i < W<T>; ++i) {
-        const int64_t lane = start + i < count ? start + i : count - 1;
-        const T* __restrict row = rows + (begin + lane) * c.d + j;
-        T* __restrict to = square + i * W<T>;
-        const double scale = alpha[lane];
-        if (width == W<T>)
-          for (int half = 0; half < W<T>; half += W<T> / 2)
-            for (int l = half; l < half + W<T> / 2; ++l) to[l] = T(double(row[l]) - scale * center[l]);
-        else
-          for (int l = 0; l < W<T>; ++l) to[l] = l < width ? T(double(row[l]) - scale * center[l]) : T(0);
-      }
-      transpose_square(square, W<T>, lanes + j * B<T> + start, B<T>);
-    }
+inline Vec<T> centred_row(const Components<T>& c, double alpha, int64_t j, Vec<T> row) {
+  if (alpha == 1) return row - at(c.center + j);
+  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - alpha * double(c.center[j + l]));
+  return row;
 }
 
 template <class T>
-void load_block(const PosteriorJob<T>& job, int64_t begin, int64_t count, PosteriorBlock<T>& b) {
+void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T>& b) {
   const Components<T>& c = *job.components;
-  for (int64_t lane = 0; lane < B<T>; ++lane) {
-    const int64_t i = begin + (lane < count ? lane : count - 1);
-    b.alpha[lane] = job.alpha[i * job.alpha_step];
-    b.std[lane] = job.std[i * job.std_step];
-  }
+  b.begin = begin, b.count = end - begin < B<T> ? end - begin : B<T>;
   for (int lane = 0; lane < B<T>; ++lane) {
-    const double inverse = 1 / (b.std[lane] * b.std[lane]);
-    b.ratio[lane] = T(b.alpha[lane]), b.inverse[lane] = T(inverse), b.gain[lane] = T(b.alpha[lane] * inverse);
+    const int64_t i = begin + (lane < b.count ? lane : b.count - 1);
+    const int p = lane / W<T>, q = lane % W<T>;
+    b.x[lane] = job.x + i * c.d, b.v[lane] = job.v + i * c.d;
+    b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
+    b.ratio[p][q] = T(b.alpha[lane]), b.rate[p][q] = T(1 / b.std[lane]);
+    b.gain[p][q] = T(b.alpha[lane] / (b.std[lane] * b.std[lane]));
   }
-  load_lanes(job.x, begin, count, c, b.alpha, b.points);
-  alignas(kVectorBytes) T square[B<T>];
-  Vec<T> sum[4][P] = {};
-  for (int64_t j = 0; j < c.stride; j += 4)
-    for (int i = 0; i < 4 * P; ++i) {
+  rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, b.alpha[l], j, row); });
+  if (job.output == Output::hvp) rows_to_lanes(b.v, c.d, b.directions, [](int, int64_t, Vec<T> row) { return row; });
+  Vec<T> sum[kRows][P] = {};
+  for (int64_t j = 0; j < c.stride; j += kRows)
+    for (int i = 0; i < kRows * P; ++i) {
       const Vec<T> value = at(b.points + j * B<T> + i * W<T>);
       sum[i / P][i % P] += value * value;
     }
-  for (int p = 0; p < P; ++p) at(square + p * W<T>) = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
-  for (int lane = 0; lane < B<T>; ++lane) b.xi[lane] = __builtin_sqrt(double(square[lane])) / b.std[lane];
-  const double none[B<T>] = {};
-  if (job.hvp) load_lanes(job.v, begin, count, c, none, b.directions);
-}
-
-// The two largest logits so far and the component of the larger one.
-template <class T>
-struct TopTwo {
-  Vec<T> first[P], second[P];
-  Int<T> leader[P];
-  TopTwo() {
-    for (int p = 0; p < P; ++p) first[p] = second[p] = all(-Simd<T>::infinity), leader[p] = Int<T>{};
-  }
-  void add(const T* tile, int64_t first_k, int64_t count) {
-    for (int64_t k = 0; k < count; ++k)
-      for (int p = 0; p < P; ++p) {
-        const Vec<T> value = at(tile + k * B<T> + p * W<T>);
-        const Int<T> above = value > first[p];
-        second[p] = above ? first[p] : larger(value, second[p]);
-        first[p] = above ? value : first[p];
-        leader[p] = above ? Int<T>{} + decltype(leader[p][0] + 0)(first_k + k) : leader[p];
-      }
-  }
-};
-
-// through_tile (count, B) = weight_k m_k.v, added to along too
-template <class T>
-void add_direction(const Components<T>& c, int64_t first, int64_t count, const T* weights, const PosteriorBlock<T>& b,
-                   Vec<T>* along) {
-  project(c.rows + first * c.stride, c.stride, count, b.directions, c.d, b.through_tile);
-  for (int64_t k = 0; k < count; ++k)
-    for (int p = 0; p < P; ++p) {
-      Vec<T>& value = at(b.through_tile + k * B<T> + p * W<T>);
-      value *= at(weights + k * B<T> + p * W<T>);
-      along[p] += value;
-    }
-}
-
-// The pass over all components.
-template <class T>
-void stream(const PosteriorJob<T>& job, PosteriorBlock<T>& b) {
-  const Components<T>& c = *job.components;
-  const bool means = job.score || job.posterior_mean || job.trace || job.hvp;
-  Vec<T> gain[P], ratio[P], second[P] = {}, along[P] = {}, scale[P];
-  for (int p = 0; p < P; ++p) gain[p] = at(b.gain + p * W<T>), ratio[p] = at(b.ratio + p * W<T>);
-  Softmax<T> softmax(job.weights ? Simd<T>::infinity : T(Simd<T>::negligible + __builtin_log(double(c.k_pad))));
-  TopTwo<T> best;
-  int live[kComponents<T>];
-  const int64_t used = (c.k + 3) / 4 * 4;
-  for (int64_t first = 0; first < used; first += kComponents<T>) {
-    const int64_t count = used - first < kComponents<T> ? used - first : kComponents<T>;
-    T* tile = b.kept ? b.kept + first * B<T> : b.tile;
-    project(c.rows + first * c.stride, c.stride, count, b.points, c.d, tile);
-    logits(c, first, count, gain, ratio, tile);
-    best.add(tile, first, count);
-    const int n_live = weigh(softmax, tile, count, scale, live);
-    for (int p = 0; b.kept && p < P; ++p) at(b.tops + first / kComponents<T> * B<T> + p * W<T>) = softmax.top[p];
-    if (!means) continue;
-    if (first) rescale(b.mean, c.stride, scale);
-    accumulate(c.rows + first * c.stride, c.stride, live, n_live, tile, c.stride, b.mean, first == 0);
-    for (int p = 0; job.trace && p < P; ++p) {
-      second[p] *= scale[p];
-      for (int64_t k = 0; k < count; ++k) second[p] += at(tile + k * B<T> + p * W<T>) * c.half_norms[first + k];
-    }
-    if (!job.hvp) continue;
-    if (first) rescale(b.through, c.stride, scale);
-    for (int p = 0; p < P; ++p) along[p] *= scale[p];
-    add_direction(c, first, count, tile, b, along);
-    accumulate(c.rows + first * c.stride, c.stride, live, n_live, b.through_tile, c.stride, b.through, first == 0);
-  }
+  b.softmax = Softmax<T>();
   for (int p = 0; p < P; ++p) {
-    at(b.top + p * W<T>) = best.first[p];
-    at(b.second_top + p * W<T>) = best.second[p];
-    at(b.sum + p * W<T>) = softmax.sum[p];
-    at(b.second + p * W<T>) = second[p];
-    at(b.along + p * W<T>) = along[p];
-    reinterpret_cast<Int<T>&>(b.leader[p * W<T>]) = best.leader[p];
+    b.square[p] = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
+    b.second_top[p] = all(-Simd<T>::infinity), b.leader[p] = Int<T>{}, b.second[p] = b.along[p] = Vec<T>{};
   }
+}
+
+template <class T>
+void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, const Scratch<T>& scratch, Block<T>& b) {
+  const Components<T>& c = *job.components;
+  const bool fresh = panel.first == 0;
+  Vec<T> top[P], scale[P];
+  int live[kPanel<T>];
+  for (int p = 0; p < P; ++p) top[p] = b.softmax.top[p];
+  project(panel, c.d, b.points, scratch.tile, [&](int64_t k, int p, Vec<T> dot) {
+    const Vec<T> logit = b.gain[p] * (dot - b.ratio[p] * panel.half_norms[k]) + panel.log_weights[k];
+    b.leader[p] = logit > top[p] ? Int<T>{} + Index<T>(panel.first + k) : b.leader[p];
+    b.second_top[p] = larger(smaller(logit, top[p]), b.second_top[p]);
+    top[p] = larger(logit, top[p]);
+    return logit;
+  });
+  const int n_live = b.softmax.weigh(top, window, scratch.tile, panel.count, scale, live);
+  if (job.output == Output::log_density) return;
+  if (!fresh) rescale(b.mean, c.stride, scale);
+  accumulate(panel, live, n_live, scratch.tile, b.mean, fresh);
+  for (int p = 0; job.output == Output::trace && p < P; ++p) {
+    b.second[p] *= scale[p];
+    for (int64_t k = 0; k < panel.count; ++k)
+      b.second[p] += at(scratch.tile + k * B<T> + p * W<T>) * panel.half_norms[k];
+  }
+  if (job.output != Output::hvp) return;
+  if (!fresh) rescale(b.through, c.stride, scale);
+  for (int p = 0; p < P; ++p) b.along[p] *= scale[p];
+  project(panel, c.d, b.directions, scratch.through, [&](int64_t k, int p, Vec<T> dot) {
+    dot *= at(scratch.tile + k * B<T> + p * W<T>);
+    b.along[p] += dot;
+    return dot;
+  });
+  accumulate(panel, live, n_live, scratch.through, b.through, fresh);
+}
+
+// Writes what the pass gives; marks the lanes in which it is a difference of nearly equal numbers.
+template <class T>
+void write_block(const PosteriorJob<T>& job, double radius, const Vec<T>* allow, const Block<T>& b, Int<T>* again) {
+  const Components<T>& c = *job.components;
+  const auto of = [](int64_t from) { return from % B<T> / W<T>; };  // register of an element of an array (., B)
+  Vec<T> share[P];
+  T* rows[B<T>];
+  for (int p = 0; p < P; ++p) share[p] = 1 / b.softmax.sum[p];
+  for (int lane = 0; lane < B<T>; ++lane) rows[lane] = job.out + (b.begin + lane) * c.d;
+  if (job.output == Output::score) {
+    Vec<T> gap2[P] = {};
+    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) {
+      const int64_t p = of(from);
+      const Vec<T> gap = b.ratio[p] * (at(b.mean + from) * share[p]) - at(b.points + from);
+      gap2[p] += gap * gap;
+      return gap * (b.rate[p] * b.rate[p]);
+    });
+    for (int p = 0; p < P; ++p)
+      again[p] |= ~(32 * (b.ratio[p] * b.ratio[p] * T(radius * radius) + b.square[p]) <= allow[p] * allow[p] * gap2[p]);
+  } else if (job.output == Output::posterior_mean) {
+    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) { return at(b.mean + from) * share[of(from)]; });
+    for (int64_t i = 0; i < b.count; ++i)
+      for (int64_t j = 0; j < c.d; ++j) rows[i][j] += c.center[j];
+  } else if (job.output == Output::hvp) {
+    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) {
+      const int64_t p = of(from);
+      const Vec<T> mean = at(b.mean + from) * share[p], curvature = b.gain[p] * b.gain[p];
+      return curvature * (at(b.through + from) * share[p] - b.along[p] * share[p] * mean) -
+             at(b.directions + from) * (b.rate[p] * b.rate[p]);
+    });
+  } else if (job.output == Output::trace) {
+    for (int p = 0; p < P; ++p) {
+      Vec<T> norm2{};
+      for (int64_t j = p * W<T>; j < c.stride * B<T>; j += B<T>) {
+        const Vec<T> mean = at(b.mean + j) * share[p];
+        norm2 += mean * mean;
+      }
+      const Vec<T> trace = 2 * share[p] * b.second[p] - norm2, noise = 1 / (b.gain[p] * b.ratio[p]);
+      again[p] |= ~(8 * T(radius * radius) <= allow[p] * (trace + noise));
+      store(trace, job.out + b.begin + p * W<T>, b.count - p * W<T>);
+    }
+  } else {
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t p = i / W<T>, q = i % W<T>;
+      const double log_sum = __builtin_log(double(b.softmax.sum[p][q]));
+      job.out[b.begin + i] = T(density(c, b.x[i], b.alpha[i], b.std[i], b.leader[p][q], log_sum));
+    }
+  }
+}
+
+template <class T>
+void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& scratch, const Block<T>& b) {
+  const Components<T>& c = *job.components;
+  const double constant = error_constant(c.d);
+  // outputs that lose digits where one component has all the weight
+  const bool differences =
+      job.output == Output::trace || job.output == Output::hvp || (job.output == Output::score && !kFused);
+  Vec<T> allow[P];
+  Int<T> again[P];
+  for (int p = 0; p < P; ++p) {
+    const Vec<T> rho = magnitude(b.ratio[p]) * T(radius) * b.rate[p], xi = b.rate[p], sum = b.softmax.sum[p];
+    allow[p] = allowed<T>(rho);
+    const Vec<T> room = allow[p] - 2 * rho * rho - 16;  // constant xi rho must fit in
+    again[p] = ~((room >= 0) & (T(constant * constant) * rho * rho * (b.square[p] * xi * xi) <= room * room));
+    again[p] |= sum - sum != 0;
+    const Vec<T> window = Simd<T>::eps * allow[p] + T(harmless_gap<T>(0, c.k));
+    if (differences) again[p] |= b.softmax.top[p] - b.second_top[p] > window;
+  }
+  write_block(job, radius, allow, b, again);
+  Int<T> some{};
+  for (int p = 0; p < P; ++p) some |= again[p];
+  for (int lane = 0; any(some) && lane < b.count; ++lane) {
+    const int p = lane / W<T>, q = lane % W<T>;
+    if (!again[p][q] || !is_finite(b.x[lane], c.d)) continue;  // a non-finite row has given non-finite outputs
+    const double rho = __builtin_fabs(b.alpha[lane]) * radius / b.std[lane];
+    const double xi = __builtin_sqrt(double(b.square[p][q])) / b.std[lane];
+    const double error = constant * xi * rho + 2 * rho * rho + 16, most = double(allow[p][q]);
+    const double window = harmless_gap<T>(error > most ? error : most, c.k);
+    for (int64_t j = 0; j < c.stride; ++j) scratch.centred[j] = b.points[j * B<T> + lane];
+    const bool collapsed = double(b.softmax.top[p][q]) - double(b.second_top[p][q]) > window;
+    refine_row(job, b.begin + lane, {b.x[lane], job.v ? b.v[lane] : nullptr, scratch.centred, b.alpha[lane],
+                                     b.std[lane], b.leader[p][q], window, collapsed}, scratch.sums);
+  }
+}
+
+template <class T>
+void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
+  const Components<T>& c = *job.components;
+  const Scratch<T> scratch(c, arena);
+  const T window = T(Simd<T>::negligible + __builtin_log(double(c.k)));
+  Panels<T> panels(c, arena);
+  const int64_t group = panels.group(), wide = c.stride * B<T>;  // blocks that share the reading of a panel
+  Block<T>* blocks = take<Block<T>>(arena, group);
+  T* memory = take<T>(arena, group * wide * (job.output == Output::hvp ? 4 : 2));
+  for (int64_t i = 0; i < group; ++i) {
+    blocks[i].points = memory + i * wide, blocks[i].mean = memory + (group + i) * wide;
+    if (job.output == Output::hvp)
+      blocks[i].directions = blocks[i].mean + group * wide, blocks[i].through = blocks[i].directions + group * wide;
+  }
+  int64_t begin, end;
+  while (next_rows(work, begin, end))
+    for (; begin < end; begin += group * B<T>) {
+      int64_t used = 0;
+      for (; used < group && begin + used * B<T> < end; ++used)
+        enter_block(job, begin + used * B<T>, end, blocks[used]);
+      for (int64_t first = 0; first < c.k; first += kPanel<T>) {
+        const Panel<T> panel = panels.get(first);
+        for (int64_t i = 0; i < used; ++i) add_panel(job, panel, window, scratch, blocks[i]);
+      }
+      for (int64_t i = 0; i < used; ++i) leave_block(job, panels.radius(), scratch, blocks[i]);
+    }
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

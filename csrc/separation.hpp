@@ -32,13 +32,23 @@ inline Wide exact_product(double a, double b) {
   return {product, __builtin_fma(a, b, -product)};
 }
 
-// sum_j (mk - ma)_j (x - alpha (mk + ma) / 2)_j: error <= d 2^-52 |mk - ma| |x - alpha (mk + ma) / 2| plus 2^-52 |x|
-// |mk - ma|
+// sum over j < d of term(j), in eight partial sums
+template <class Term>
+inline double sum_terms(int64_t d, const Term& term) {
+  double part[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= d; j += 8)
+    for (int l = 0; l < 8; ++l) part[l] += term(j + l);
+  for (; j < d; ++j) part[j % 8] += term(j);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+// sum_j (mk - ma)_j (x - alpha (mk + ma) / 2)_j: error <= d 2^-52 |mk - ma| |x - alpha (mk + ma) / 2| plus
+// 2^-52 |x| |mk - ma|
 inline double separation(const float* mk, const float* ma, const float* x, double alpha, int64_t d) {
-  double sum = 0;
-  for (int64_t j = 0; j < d; ++j)
-    sum += (double(mk[j]) - double(ma[j])) * (double(x[j]) - 0.5 * alpha * (double(mk[j]) + double(ma[j])));
-  return sum;
+  return sum_terms(d, [=](int64_t j) {
+    return (double(mk[j]) - double(ma[j])) * (double(x[j]) - 0.5 * alpha * (double(mk[j]) + double(ma[j])));
+  });
 }
 
 // The same for float64, error about d 2^-104 |mk - ma| |x|.
@@ -56,15 +66,18 @@ inline double separation(const double* mk, const double* ma, const double* x, do
   return sum.hi + sum.lo;
 }
 
+template <class T>
+inline bool is_finite(const T* x, int64_t d) {
+  return sum_terms(d, [=](int64_t j) { return double(x[j] - x[j]); }) == 0;
+}
+
 // |x - alpha m|^2, every difference rounded once: relative error <= (d + 3) 2^-53
 template <class T>
 inline double squared_distance(const T* x, const T* m, double alpha, int64_t d) {
-  double sum = 0;
-  for (int64_t j = 0; j < d; ++j) {
+  return sum_terms(d, [=](int64_t j) {
     const double gap = __builtin_fma(-alpha, double(m[j]), double(x[j]));
-    sum += gap * gap;
-  }
-  return sum;
+    return gap * gap;
+  });
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels.hpp"
@@ -45,6 +46,8 @@ template <class T>
 using Vec = typename Simd<T>::Vec;
 template <class T>
 using Int = typename Simd<T>::Int;
+template <class T>
+using Index = std::remove_reference_t<decltype(std::declval<Int<T>&>()[0])>;
 template <class T>
 constexpr int W = kVectorBytes / int(sizeof(T));  // points per register
 template <class T>
@@ -115,6 +118,24 @@ inline auto sum_lanes(V a) {
   for (unsigned i = 1; i < sizeof(V) / sizeof(sum); ++i) sum += a[i];
   return sum;
 }
+// The first `count` numbers of a register from or to any address; the others are zero or left alone.
+template <class T>
+inline Vec<T> load(const T* from, int64_t count = W<T>) {
+  Vec<T> value{};
+  if (count >= W<T>)
+    __builtin_memcpy(&value, from, sizeof(value));
+  else
+    for (int64_t l = 0; l < count; ++l) value[l] = from[l];
+  return value;
+}
+template <class T>
+inline void store(const Vec<T>& value, T* to, int64_t count = W<T>) {
+  if (count >= W<T>)
+    __builtin_memcpy(to, &value, sizeof(value));
+  else
+    for (int64_t l = 0; l < count; ++l) to[l] = value[l];
+}
+
 template <class T>
 inline T* take(Arena& arena, int64_t count) {
   return static_cast<T*>(take_bytes(arena, size_t(count) * sizeof(T)));

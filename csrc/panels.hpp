@@ -1,0 +1,160 @@
+// Components in panels, and the two hot loops over a panel. A panel holds up to kPanel components, centred, in chunks of
+// kChunk columns: [chunk 0 (count, kChunk)] [chunk 1] ... [half_norms (count)] [log_weights (count)], dense, so that a
+// chunk and the points' columns beside it stay in the nearest cache.
+#pragma once
+#include "lanes.hpp"
+
+namespace flowfast::FLOWFAST_ISA {
+
+template <class T>
+constexpr int64_t kPanel = 256 / sizeof(T);
+constexpr int64_t kChunk = 64;  // a dot product is a sum of partial sums of this length (error_constant relies on it)
+constexpr int64_t kRows = 4;    // the components of a panel are padded to a multiple, without weight
+template <class T>
+constexpr T kNoWeight = sizeof(T) == 4 ? T(-1e30) : T(-1e300);  // finite, so that differences of logits are numbers
+
+template <class T>
+struct Panel {
+  const T *rows, *half_norms, *log_weights;  // chunks; |row|^2 / 2; (count,)
+  int64_t first, count, stride;              // first component, components with the padding, padded dimension
+  const T* chunk(int64_t j) const { return rows + j * count; }  // (count, width) of columns j ..
+  int64_t width(int64_t j) const { return stride - j < kChunk ? stride - j : kChunk; }
+};
+
+template <class T>
+int64_t packed_size(int64_t k, int64_t stride) {
+  return (k + kRows - 1) / kRows * kRows * (stride + 2);
+}
+
+// The panel whose first component is `first`, in memory at `base`.
+template <class T>
+Panel<T> panel_at(const Components<T>& c, int64_t first, const T* base) {
+  const int64_t left = (c.k - first + kRows - 1) / kRows * kRows, count = left < kPanel<T> ? left : kPanel<T>;
+  return {base, base + count * c.stride, base + count * (c.stride + 1), first, count, c.stride};
+}
+
+// Fills the memory of a panel; gives the largest |row|^2.
+template <class T>
+double pack_panel(const Components<T>& c, const Panel<T>& panel, T* base) {
+  T *half_norms = base + panel.count * c.stride, *log_weights = half_norms + panel.count;
+  double largest = 0;
+  for (int64_t i = 0; i < panel.count; ++i) {
+    const int64_t k = panel.first + i;
+    const T* mean = c.means + (k < c.k ? k : 0) * c.d;
+    double part[W<T>] = {}, square = 0;
+    for (int64_t j = 0; j < c.stride; j += kChunk) {
+      T* to = base + j * panel.count + i * panel.width(j);
+      Vec<T> sum{};
+      for (int64_t l = 0; l < panel.width(j); l += W<T>) {
+        const Vec<T> value = k < c.k ? load(mean + j + l, c.d - j - l) - at(c.center + j + l) : Vec<T>{};
+        at(to + l) = value;
+        sum += value * value;
+      }
+      for (int l = 0; l < W<T>; ++l) part[l] += double(sum[l]);
+    }
+    for (double term : part) square += term;
+    if (square > largest) largest = square;
+    half_norms[i] = T(square / 2);
+    log_weights[i] = k < c.k && c.log_weights[k] > kNoWeight<T> ? c.log_weights[k] : kNoWeight<T>;
+  }
+  return largest;
+}
+
+template <class T>
+double pack(const Components<T>& c, T* packed) {
+  double largest = 0;
+  for (int64_t first = 0; first < c.k; first += kPanel<T>) {
+    T* base = packed + first * (c.stride + 2);
+    const double found = pack_panel(c, panel_at(c, first, base), base);
+    if (found > largest) largest = found;
+  }
+  return __builtin_sqrt(largest);
+}
+
+// A worker's view of the panels: the packed ones, or its own memory into which it packs what it is asked for.
+template <class T>
+class Panels {
+ public:
+  Panels(const Components<T>& c, Arena& arena)
+      : c_(c), radius_(c.radius), own_(c.packed ? nullptr : take<T>(arena, kPanel<T> * (c.stride + 2))) {}
+  Panel<T> get(int64_t first) {
+    if (c_.packed) return panel_at(c_, first, c_.packed + first * (c_.stride + 2));
+    const Panel<T> panel = panel_at<T>(c_, first, own_);
+    const double radius = __builtin_sqrt(pack_panel(c_, panel, own_));
+    if (radius > radius_) radius_ = radius;
+    return panel;
+  }
+  // Blocks of points that should share one reading of the panels: one where these stay in the second-level cache.
+  int64_t group() const { return c_.k * c_.stride * int64_t(sizeof(T)) <= (1 << 19) ? 1 : 8; }
+  double radius() const { return radius_; }  // max |row| of every panel so far
+
+ private:
+  const Components<T>& c_;
+  double radius_;
+  T* own_;
+};
+
+// acc (Rows, P) = rows (Rows, width) . lanes (width, B), rows `pitch` apart
+template <int Rows, class T>
+inline void dot_tile(const T* rows, int64_t pitch, int64_t width, const T* lanes, Vec<T> (&acc)[Rows][P]) {
+  for (int i = 0; i < Rows * P; ++i) acc[i / P][i % P] = Vec<T>{};
+  for (int64_t j = 0; j < width; ++j) {
+    Vec<T> point[P];
+    for (int p = 0; p < P; ++p) point[p] = at(lanes + j * B<T> + p * W<T>);
+#pragma GCC unroll 16
+    for (int t = 0; t < Rows; ++t) {
+      const Vec<T> mean = all(rows[t * pitch + j]);
+      for (int p = 0; p < P; ++p) acc[t][p] += mean * point[p];
+    }
+  }
+}
+
+// dots (count, B) <- finish(i, p, rows_i . lanes), register p of component i of the panel; lanes (d, B). Rounding:
+// error_constant(d) u |row| |point|.
+template <class T, class Finish>
+void project(const Panel<T>& panel, int64_t d, const T* lanes, T* dots, const Finish& finish) {
+  const auto tile = [&](auto rows, int64_t j, int64_t i) {
+    constexpr int Rows = decltype(rows)::value;
+    const int64_t pitch = panel.width(j), width = d - j < kChunk ? d - j : kChunk;
+    Vec<T> acc[Rows][P];
+    dot_tile<Rows>(panel.chunk(j) + i * pitch, pitch, width, lanes + j * B<T>, acc);
+    for (int t = 0; t < Rows; ++t)
+      for (int p = 0; p < P; ++p) {
+        Vec<T>& dot = at(dots + (i + t) * B<T> + p * W<T>);
+        const Vec<T> sum = j == 0 ? acc[t][p] : dot + acc[t][p];
+        dot = j + kChunk >= d ? finish(i + t, p, sum) : sum;
+      }
+  };
+  for (int64_t j = 0; j < d; j += kChunk) {
+    int64_t i = 0;
+    for (; i + kTile <= panel.count; i += kTile) tile(std::integral_constant<int, kTile>{}, j, i);
+    for (; i < panel.count; i += kRows) tile(std::integral_constant<int, kRows>{}, j, i);
+  }
+}
+
+// sum (stride, B) = (fresh) or += sum over the listed components of weights (count, B) * rows
+template <class T>
+void accumulate(const Panel<T>& panel, const int* live, int n_live, const T* weights, T* sum, bool fresh) {
+  for (int64_t start = 0; start < panel.stride; start += kChunk) {
+    const int64_t pitch = panel.width(start);
+    for (int64_t j = 0; j < pitch; j += kTile) {
+      T* to = sum + (start + j) * B<T>;
+      const T* rows = panel.chunk(start) + j;
+      Vec<T> acc[kTile][P];
+      for (int i = 0; i < kTile * P; ++i) acc[i / P][i % P] = fresh ? Vec<T>{} : at(to + i * W<T>);
+      for (int l = 0; l < n_live; ++l) {
+        const T *row = rows + live[l] * pitch, *weight = weights + live[l] * B<T>;
+        Vec<T> w[P];
+        for (int p = 0; p < P; ++p) w[p] = at(weight + p * W<T>);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTile; ++t) {
+          const Vec<T> mean = all(row[t]);
+          for (int p = 0; p < P; ++p) acc[t][p] += mean * w[p];
+        }
+      }
+      for (int i = 0; i < kTile * P; ++i) at(to + i * W<T>) = acc[i / P][i % P];
+    }
+  }
+}
+
+}  // namespace flowfast::FLOWFAST_ISA
