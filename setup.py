@@ -16,7 +16,7 @@ X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"generic": []} | (
     {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86_64 else {}
 )
-SOURCES = ["bindings", "dispatch", "engine", "pool", "prepare"]
+SOURCES = ["bindings", "dispatch", "engine", "pool"]
 
 
 class BuildKernels(build_ext):

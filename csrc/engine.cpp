@@ -13,8 +13,10 @@
 namespace flowfast {
 namespace {
 
-constexpr double kFlopsPerThread = 4e6;     // below this, waking another thread costs more than it saves
-constexpr size_t kPackedBytes = 8 << 20;    // larger mixtures are packed panel by panel, unless a flow needs all panels
+constexpr double kFlopsPerThread = 4e6;    // below this, waking another thread costs more than it saves
+constexpr size_t kPackedBytes = 48 << 20;  // larger mixtures are packed panel by panel, unless a flow needs all panels
+constexpr size_t kSecondCache = 1 << 19;   // panels that fit are read again for every block of points
+constexpr size_t kLargeOutput = 4 << 20;   // written past the caches
 constexpr size_t kHugePage = 2 << 20;
 constexpr int64_t kMaxStages = 16, kSampled = 1024;
 
@@ -46,7 +48,7 @@ template <class T>
 class Prepared : public Components<T> {
  public:
   Prepared(const T* means, const T* log_weights, int64_t k, int64_t d, bool centre, size_t packed_bytes)
-      : Components<T>{means, log_weights, nullptr, nullptr, 0, k, d, (d + kColumns - 1) / kColumns * kColumns} {
+      : Components<T>{means, log_weights, nullptr, nullptr, 0, k, d, (d + kColumns - 1) / kColumns * kColumns, 1} {
     if (std::all_of(log_weights, log_weights + k, [](T w) { return w == -std::numeric_limits<T>::infinity(); }))
       throw std::invalid_argument("log_weights: every component has weight 0; give one a positive weight");
     T* center = static_cast<T*>(arena_.take(size_t(this->stride) * sizeof(T)));
@@ -57,6 +59,7 @@ class Prepared : public Components<T> {
     for (int64_t j = 0; j < this->stride; ++j) center[j] = T(sum[size_t(j)] / double(count));
     this->center = center;
     const size_t bytes = size_t(kernels<T>().packed_size(k, this->stride)) * sizeof(T);
+    this->group = bytes <= kSecondCache ? 1 : 8;
     if (bytes > packed_bytes) return;
     T* packed = static_cast<T*>(arena_.take(bytes));
     this->radius = kernels<T>().pack(*this, packed);
@@ -107,17 +110,19 @@ void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_
   if (n == 0) return;
   const bool rows = job.output == Output::trace || job.output == Output::log_density;
   const int64_t width = job.output == Output::weights ? k : rows ? 1 : d;
-  advise_huge_pages(job.out, size_t(n * width) * sizeof(T));
+  const size_t bytes = size_t(n * width) * sizeof(T);
+  advise_huge_pages(job.out, bytes);
+  job.past_caches = bytes > kLargeOutput && uintptr_t(job.out) % 64 == 0 && width % kColumns == 0;
   const Prepared<T> prepared(means, log_weights, k, d, true, job.output == Output::weights ? 0 : kPackedBytes);
   job.components = &prepared;
   threads = useful_threads(threads, 4.0 * double(n) * double(k) * double(d));
   // runs of blocks long enough to share panels and make the hand-out free, short enough to balance uneven workers
   const int64_t block = kernels<T>().block, blocks = (n + block - 1) / block;
-  const int64_t grain = block * std::clamp<int64_t>(blocks / (prepared.packed ? 8 * threads : threads), 1, 16);
+  const int64_t grain = block * std::clamp<int64_t>(blocks / (prepared.group == 1 ? 8 * threads : threads), 1, 16);
   share(n, grain, threads, [&](Work& work, Arena& arena) { kernels<T>().posterior(job, work, arena); });
 }
 
-// Fixed steps where coefficients (m, S, 4) are given, otherwise step-size control.
+// Fixed steps where job.steps > 0, otherwise step-size control.
 template <class T>
 void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h, int64_t n,
           int64_t k, int64_t d, Form form, int threads) {
@@ -138,12 +143,12 @@ void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* co
     job.gram = gram;
   }
   std::vector<double> steps;
-  if (coefficients) steps = step_table(coefficients, h, job.tableau, job.steps, job.stages);
+  if (job.steps > 0) steps = step_table(coefficients, h, job.tableau, job.steps, job.stages);
   job.table = steps.data();
-  const double evaluations = coefficients ? double(job.steps * job.stages) : 100;
+  const double evaluations = job.steps > 0 ? double(job.steps * job.stages) : 100;
   threads = useful_threads(threads, double(n) * evaluations * double(k) * double(std::min(2 * k, 4 * d)));
   share(n, table.block, threads, [&](Work& work, Arena& scratch) {
-    coefficients ? table.flow_fixed(job, work, scratch) : table.flow_adaptive(job, work, scratch);
+    job.steps > 0 ? table.flow_fixed(job, work, scratch) : table.flow_adaptive(job, work, scratch);
   });
 }
 
@@ -153,7 +158,7 @@ double diameter(const T* means, int64_t k, int64_t d, int threads) {
   const Prepared<T> prepared(means, log_weights.data(), k, d, true, kPackedBytes);
   threads = useful_threads(threads, double(k) * double(k) * double(d));
   std::vector<double> largest(size_t(threads), 0.0);
-  Work work(k, kernels<T>().block * (prepared.packed ? 1 : 8));
+  Work work(k, kernels<T>().block * prepared.group);
   run_workers(threads, [&](int worker) {
     Arena arena;
     largest[size_t(worker)] = kernels<T>().diameter(prepared, work, arena);
@@ -161,10 +166,10 @@ double diameter(const T* means, int64_t k, int64_t d, int threads) {
   return *std::max_element(largest.begin(), largest.end());
 }
 
-#define FLOWFAST_INSTANTIATE(T)                                                                                   \
-  template void posterior(PosteriorJob<T>, const T*, const T*, int64_t, int64_t, int64_t, int);                   \
+#define FLOWFAST_INSTANTIATE(T)                                                                                     \
+  template void posterior(PosteriorJob<T>, const T*, const T*, int64_t, int64_t, int64_t, int);                     \
   template void flow(FlowJob<T>, const T*, const T*, const double*, const double*, int64_t, int64_t, int64_t, Form, \
-                     int);                                                                                        \
+                     int);                                                                                          \
   template double diameter(const T*, int64_t, int64_t, int);
 FLOWFAST_INSTANTIATE(float)
 FLOWFAST_INSTANTIATE(double)

@@ -21,8 +21,8 @@ enum class Form { automatic, span, full };
 template <class T>
 void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_t n, int64_t k, int64_t d, int threads);
 
-// job.tableau (S + 3, S). Fixed steps where coefficients (m, S, 4), a, b, c, r of every stage, and h (m,) are given;
-// otherwise (null) an embedded pair with step-size control.
+// job.tableau (S + 3, S). job.steps > 0: fixed steps with coefficients (m, S, 4), a, b, c, r of every stage, and h
+// (m,). Otherwise an embedded pair with step-size control.
 template <class T>
 void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* coefficients, const double* h, int64_t n,
           int64_t k, int64_t d, Form form, int threads);

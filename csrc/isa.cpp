@@ -24,8 +24,8 @@ void adaptive(const FlowJob<T>& job, Work& work, Arena& arena) {
 }
 
 template <class T>
-constexpr Kernels<T> table{B<T>,    packed_size<T>, pack<T>,        pointwise<T>,        gram<T>,
-                           fixed<T>, adaptive<T>,    diameter<T>, exponential_array<T>};
+constexpr Kernels<T> table{B<T>,     packed_size<T>, pack<T>,     pointwise<T>, gram<T>,
+                           fixed<T>, adaptive<T>,    diameter<T>, exp2_array<T>};
 
 }  // namespace
 

@@ -20,6 +20,7 @@ struct Components {
   const T* packed;       // every panel, one after the other; null: not packed
   double radius;         // max |mean - center| of the packed panels
   int64_t k, d, stride;  // stride: d padded to kColumns
+  int64_t group;         // blocks of points that should share one reading of the panels
 };
 constexpr int64_t kColumns = 16;
 
@@ -35,6 +36,7 @@ struct PosteriorJob {
   const double *alpha, *std;     // (n,) or (1,)
   int64_t alpha_step, std_step;  // 1 or 0
   T* out;                        // (n,) log_density, trace; (n, d) score, posterior_mean, hvp; (n, k) weights
+  bool past_caches;              // (n, d) outputs are large, their rows whole cache lines
 };
 
 // One trajectory per row. gram == nullptr selects the full form, otherwise the span of the means carries the state.
@@ -60,15 +62,15 @@ struct FlowJob {
 
 template <class T>
 struct Kernels {
-  int64_t block;                                               // B
-  int64_t (*packed_size)(int64_t k, int64_t stride);           // numbers in all panels
-  double (*pack)(const Components<T>&, T* packed);             // fills them, gives the radius
+  int64_t block;                                      // B
+  int64_t (*packed_size)(int64_t k, int64_t stride);  // numbers in all panels
+  double (*pack)(const Components<T>&, T* packed);    // fills them, gives the radius
   void (*posterior)(const PosteriorJob<T>&, Work&, Arena&);
   void (*gram)(const Components<T>&, T* gram, int64_t k_pad, Work&, Arena&);
   void (*flow_fixed)(const FlowJob<T>&, Work&, Arena&);
   void (*flow_adaptive)(const FlowJob<T>&, Work&, Arena&);
   double (*diameter)(const Components<T>&, Work&, Arena&);  // of the rows in this worker's share of the triangle
-  void (*exponential)(const T* x, T* out, int64_t n);
+  void (*exp2)(const T* x, T* out, int64_t n);
 };
 
 struct Isa {

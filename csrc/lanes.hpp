@@ -33,21 +33,29 @@ inline void rows_to_lanes(const T* const* rows, int64_t width, T* lanes, const V
   for (int start = 0; start < B<T>; start += W<T>)
     for (int64_t j = 0; j < (width + kColumns - 1) / kColumns * kColumns; j += W<T>) {
       Vec<T> v[W<T>];
-      for (int i = 0; i < W<T>; ++i) v[i] = value(start + i, j, load(rows[start + i] + j, width - j));
+      if (j + W<T> <= width)
+        for (int i = 0; i < W<T>; ++i) v[i] = value(start + i, j, load(rows[start + i] + j));
+      else
+        for (int i = 0; i < W<T>; ++i) v[i] = value(start + i, j, load(rows[start + i] + j, width - j));
       transpose<T>(v);
       for (int i = 0; i < W<T>; ++i) at(lanes + (j + i) * B<T> + start) = v[i];
     }
 }
 
-// rows[lane][j], j < width, lane < count <- value(j * B + start), the register of column j and lanes start ..
-template <class T, class Value>
-inline void lanes_to_rows(int64_t width, int64_t count, T* const* rows, const Value& value) {
+// rows[lane][j] <- lanes (width, B), j < width, lane < count; past the caches where the rows are whole registers
+template <class T>
+inline void lanes_to_rows(const T* lanes, int64_t width, int64_t count, T* const* rows, bool past_caches) {
   for (int64_t start = 0; start < count; start += W<T>)
     for (int64_t j = 0; j < width; j += W<T>) {
       Vec<T> v[W<T>];
-      for (int i = 0; i < W<T>; ++i) v[i] = value((j + i) * B<T> + start);
+      for (int i = 0; i < W<T>; ++i) v[i] = at(lanes + (j + i) * B<T> + start);
       transpose<T>(v);
-      for (int64_t i = 0; i < W<T> && start + i < count; ++i) store(v[i], rows[start + i] + j, width - j);
+      if (start + W<T> <= count && j + W<T> <= width) {
+        for (int i = 0; i < W<T>; ++i)
+          past_caches ? stream_to(&at(rows[start + i] + j), v[i]) : store(v[i], rows[start + i] + j);
+      } else {
+        for (int64_t i = 0; i < W<T> && start + i < count; ++i) store(v[i], rows[start + i] + j, width - j);
+      }
     }
 }
 

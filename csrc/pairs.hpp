@@ -10,7 +10,7 @@ template <class T>
 void means_to_lanes(const Components<T>& c, int64_t first, T* lanes) {
   const T* rows[B<T>];
   for (int l = 0; l < B<T>; ++l) rows[l] = c.means + (first + l < c.k ? first + l : c.k - 1) * c.d;
-  rows_to_lanes(rows, c.d, lanes, [&](int, int64_t j, Vec<T> row) { return centred_row(c, 1.0, j, row); });
+  rows_to_lanes(rows, c.d, lanes, [&](int, int64_t j, Vec<T> row) { return row - at(c.center + j); });
 }
 
 // gram (k_pad, k_pad) = rows . rows, for the rows this worker is given; zero in the padding
@@ -24,7 +24,7 @@ void gram(const Components<T>& c, T* gram, int64_t k_pad, Work& work, Arena& are
       means_to_lanes(c, begin, points);
       for (int64_t first = 0; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
-        project(panel, c.d, points, dots, [](int64_t, int, Vec<T> dot) { return dot; });
+        project(panel, c.d, points, dots, [](int64_t, auto&) {});
         for (int64_t lane = 0; lane < B<T> && begin + lane < k_pad; ++lane)
           for (int64_t i = 0; i < panel.count; ++i)
             gram[(begin + lane) * k_pad + first + i] = begin + lane < c.k ? dots[i * B<T> + lane] : T(0);
@@ -42,7 +42,7 @@ double diameter(const Components<T>& c, Work& work, Arena& arena) {
     Int<T> partner[P];
   };
   Panels<T> panels(c, arena);
-  const int64_t group = panels.group(), wide = c.stride * B<T>;
+  const int64_t group = c.group, wide = c.stride * B<T>;
   T *points = take<T>(arena, group * wide), *dots = take<T>(arena, kPanel<T> * B<T>);
   Farthest* farthest = take<Farthest>(arena, group);
   double largest = 0;
@@ -58,12 +58,20 @@ double diameter(const Components<T>& c, Work& work, Arena& arena) {
       for (int64_t first = begin / kPanel<T> * kPanel<T>; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
         for (int64_t g = 0; g < used; ++g)  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
-          project(panel, c.d, points + g * wide, dots, [&, &best = farthest[g]](int64_t k, int p, Vec<T> dot) {
-            const Vec<T> value = panel.half_norms[k] - dot;
-            const Int<T> above = first + k < c.k ? value > best.value[p] : Int<T>{};
-            best.partner[p] = above ? Int<T>{} + Index<T>(first + k) : best.partner[p];
-            best.value[p] = above ? value : best.value[p];
-            return dot;
+          project(panel, c.d, points + g * wide, dots, [&](int64_t k, auto& tile) {
+            Farthest now = farthest[g];
+#pragma GCC unroll 16
+            for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
+              const Vec<T> half_norm = all(panel.half_norms[k + t]);
+              const Int<T> here = Int<T>{} + Index<T>(first + k + t < c.k ? first + k + t : -1);
+              for (int p = 0; p < P; ++p) {
+                const Vec<T> value = half_norm - tile[t][p];
+                const Int<T> above = (value > now.value[p]) & (here >= 0);
+                now.partner[p] = above ? here : now.partner[p];
+                now.value[p] = above ? value : now.value[p];
+              }
+            }
+            farthest[g] = now;
           });
       }
       for (int64_t i = begin; i < c.k && i < begin + used * B<T>; ++i) {

@@ -1,7 +1,9 @@
-// Components in panels, and the two hot loops over a panel. A panel holds up to kPanel components, centred, in chunks of
-// kChunk columns: [chunk 0 (count, kChunk)] [chunk 1] ... [half_norms (count)] [log_weights (count)], dense, so that a
-// chunk and the points' columns beside it stay in the nearest cache.
+// Components in panels, and the two hot loops over a panel. A panel holds up to kPanel components, centred, in chunks
+// of kChunk columns: [chunk 0 (count, kChunk)] [chunk 1] ... [half_norms (count)] [log_weights (count)], so that a
+// chunk and the points' columns beside it stay in the nearest cache. Four rows lie column by column, (count / 4, width,
+// 4): both loops then reach eight numbers from one or two addresses.
 #pragma once
+#include "exponential.hpp"
 #include "lanes.hpp"
 
 namespace flowfast::FLOWFAST_ISA {
@@ -9,17 +11,42 @@ namespace flowfast::FLOWFAST_ISA {
 template <class T>
 constexpr int64_t kPanel = 256 / sizeof(T);
 constexpr int64_t kChunk = 64;  // a dot product is a sum of partial sums of this length (error_constant relies on it)
-constexpr int64_t kRows = 4;    // the components of a panel are padded to a multiple, without weight
+constexpr int64_t kRows = 4;    // rows that lie together; components are padded to a multiple, without weight
 template <class T>
 constexpr T kNoWeight = sizeof(T) == 4 ? T(-1e30) : T(-1e300);  // finite, so that differences of logits are numbers
 
 template <class T>
 struct Panel {
-  const T *rows, *half_norms, *log_weights;  // chunks; |row|^2 / 2; (count,)
+  const T *rows, *half_norms, *log_weights;  // chunks; |row|^2 / 2; base-2 logarithms
   int64_t first, count, stride;              // first component, components with the padding, padded dimension
   const T* chunk(int64_t j) const { return rows + j * count; }  // (count, width) of columns j ..
   int64_t width(int64_t j) const { return stride - j < kChunk ? stride - j : kChunk; }
 };
+// Offset of row k in a chunk; its columns are kRows apart.
+inline int64_t row_offset(int64_t k, int64_t width) { return k / kRows * kRows * width + k % kRows; }
+
+// a0 b0 a1 b1 ...: the first or the second half
+template <class T, int... I>
+inline Vec<T> zip(const Vec<T>& a, const Vec<T>& b, bool second, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return second ? __builtin_shufflevector(a, b, ((I + W<T>) / 2 + I % 2 * W<T>)...)
+                : __builtin_shufflevector(a, b, (I / 2 + I % 2 * W<T>)...);
+#else
+  return second ? __builtin_shuffle(a, b, Int<T>{((I + W<T>) / 2 + I % 2 * W<T>)...})
+                : __builtin_shuffle(a, b, Int<T>{(I / 2 + I % 2 * W<T>)...});
+#endif
+}
+
+// to (W, kRows) <- the registers of kRows rows, column by column
+template <class T>
+inline void zip_rows(const Vec<T>* row, T* to) {
+  constexpr auto lanes = std::make_integer_sequence<int, W<T>>{};
+  for (int half = 0; half < 2; ++half) {
+    const Vec<T> even = zip<T>(row[0], row[2], half, lanes), odd = zip<T>(row[1], row[3], half, lanes);
+    at(to + 2 * half * W<T>) = zip<T>(even, odd, false, lanes);
+    at(to + (2 * half + 1) * W<T>) = zip<T>(even, odd, true, lanes);
+  }
+}
 
 template <class T>
 int64_t packed_size(int64_t k, int64_t stride) {
@@ -33,29 +60,42 @@ Panel<T> panel_at(const Components<T>& c, int64_t first, const T* base) {
   return {base, base + count * c.stride, base + count * (c.stride + 1), first, count, c.stride};
 }
 
+// Logarithm to the base 2 of component k's weight.
+template <class T>
+T log2_weight(const Components<T>& c, int64_t k) {
+  return k < c.k && c.log_weights[k] > kNoWeight<T> ? T(kLog2e * double(c.log_weights[k])) : kNoWeight<T>;
+}
+
 // Fills the memory of a panel; gives the largest |row|^2.
 template <class T>
 double pack_panel(const Components<T>& c, const Panel<T>& panel, T* base) {
   T *half_norms = base + panel.count * c.stride, *log_weights = half_norms + panel.count;
   double largest = 0;
-  for (int64_t i = 0; i < panel.count; ++i) {
-    const int64_t k = panel.first + i;
-    const T* mean = c.means + (k < c.k ? k : 0) * c.d;
-    double part[W<T>] = {}, square = 0;
+  for (int64_t i = 0; i < panel.count; i += kRows) {
+    double part[kRows][W<T>] = {};
     for (int64_t j = 0; j < c.stride; j += kChunk) {
       T* to = base + j * panel.count + i * panel.width(j);
-      Vec<T> sum{};
-      for (int64_t l = 0; l < panel.width(j); l += W<T>) {
-        const Vec<T> value = k < c.k ? load(mean + j + l, c.d - j - l) - at(c.center + j + l) : Vec<T>{};
-        at(to + l) = value;
-        sum += value * value;
+      alignas(kVectorBytes) T sum[kRows][W<T>] = {};
+      for (int64_t l = j; l < j + panel.width(j); l += W<T>) {
+        Vec<T> row[kRows];
+        for (int64_t r = 0; r < kRows; ++r) {
+          const int64_t k = panel.first + i + r;
+          row[r] = k < c.k ? load(c.means + k * c.d + l, c.d - l) - at(c.center + l) : Vec<T>{};
+          at(sum[r]) += row[r] * row[r];
+        }
+        zip_rows<T>(row, to + (l - j) * kRows);
       }
-      for (int l = 0; l < W<T>; ++l) part[l] += double(sum[l]);
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int l = 0; l < W<T>; ++l) part[r][l] += double(sum[r][l]);
     }
-    for (double term : part) square += term;
-    if (square > largest) largest = square;
-    half_norms[i] = T(square / 2);
-    log_weights[i] = k < c.k && c.log_weights[k] > kNoWeight<T> ? c.log_weights[k] : kNoWeight<T>;
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t k = panel.first + i + r;
+      double square = 0;
+      for (double term : part[r]) square += term;
+      if (square > largest) largest = square;
+      half_norms[i + r] = T(square / 2);
+      log_weights[i + r] = log2_weight(c, k);
+    }
   }
   return largest;
 }
@@ -84,8 +124,6 @@ class Panels {
     if (radius > radius_) radius_ = radius;
     return panel;
   }
-  // Blocks of points that should share one reading of the panels: one where these stay in the second-level cache.
-  int64_t group() const { return c_.k * c_.stride * int64_t(sizeof(T)) <= (1 << 19) ? 1 : 8; }
   double radius() const { return radius_; }  // max |row| of every panel so far
 
  private:
@@ -94,7 +132,7 @@ class Panels {
   T* own_;
 };
 
-// acc (Rows, P) = rows (Rows, width) . lanes (width, B), rows `pitch` apart
+// acc (Rows, P) = rows . lanes (width, B) for rows that lie as in a chunk `pitch` wide
 template <int Rows, class T>
 inline void dot_tile(const T* rows, int64_t pitch, int64_t width, const T* lanes, Vec<T> (&acc)[Rows][P]) {
   for (int i = 0; i < Rows * P; ++i) acc[i / P][i % P] = Vec<T>{};
@@ -103,27 +141,25 @@ inline void dot_tile(const T* rows, int64_t pitch, int64_t width, const T* lanes
     for (int p = 0; p < P; ++p) point[p] = at(lanes + j * B<T> + p * W<T>);
 #pragma GCC unroll 16
     for (int t = 0; t < Rows; ++t) {
-      const Vec<T> mean = all(rows[t * pitch + j]);
+      const Vec<T> mean = all(rows[t / kRows * kRows * pitch + j * kRows + t % kRows]);
       for (int p = 0; p < P; ++p) acc[t][p] += mean * point[p];
     }
   }
 }
 
-// dots (count, B) <- finish(i, p, rows_i . lanes), register p of component i of the panel; lanes (d, B). Rounding:
-// error_constant(d) u |row| |point|.
+// dots (count, B) <- rows . lanes (d, B). Before they are written, finish(i, tile) may change the registers
+// tile[t][p] of components i + t of the panel. Rounding: error_constant(d) u |row| |point|.
 template <class T, class Finish>
 void project(const Panel<T>& panel, int64_t d, const T* lanes, T* dots, const Finish& finish) {
   const auto tile = [&](auto rows, int64_t j, int64_t i) {
     constexpr int Rows = decltype(rows)::value;
     const int64_t pitch = panel.width(j), width = d - j < kChunk ? d - j : kChunk;
+    T* to = dots + i * B<T>;
     Vec<T> acc[Rows][P];
     dot_tile<Rows>(panel.chunk(j) + i * pitch, pitch, width, lanes + j * B<T>, acc);
-    for (int t = 0; t < Rows; ++t)
-      for (int p = 0; p < P; ++p) {
-        Vec<T>& dot = at(dots + (i + t) * B<T> + p * W<T>);
-        const Vec<T> sum = j == 0 ? acc[t][p] : dot + acc[t][p];
-        dot = j + kChunk >= d ? finish(i + t, p, sum) : sum;
-      }
+    for (int r = 0; j > 0 && r < Rows * P; ++r) acc[r / P][r % P] += at(to + r * W<T>);
+    if (j + kChunk >= d) finish(i, acc);
+    for (int r = 0; r < Rows * P; ++r) at(to + r * W<T>) = acc[r / P][r % P];
   };
   for (int64_t j = 0; j < d; j += kChunk) {
     int64_t i = 0;
@@ -139,16 +175,16 @@ void accumulate(const Panel<T>& panel, const int* live, int n_live, const T* wei
     const int64_t pitch = panel.width(start);
     for (int64_t j = 0; j < pitch; j += kTile) {
       T* to = sum + (start + j) * B<T>;
-      const T* rows = panel.chunk(start) + j;
+      const T* rows = panel.chunk(start) + j * kRows;
       Vec<T> acc[kTile][P];
       for (int i = 0; i < kTile * P; ++i) acc[i / P][i % P] = fresh ? Vec<T>{} : at(to + i * W<T>);
       for (int l = 0; l < n_live; ++l) {
-        const T *row = rows + live[l] * pitch, *weight = weights + live[l] * B<T>;
+        const T *row = rows + row_offset(live[l], pitch), *weight = weights + live[l] * B<T>;
         Vec<T> w[P];
         for (int p = 0; p < P; ++p) w[p] = at(weight + p * W<T>);
 #pragma GCC unroll 16
         for (int t = 0; t < kTile; ++t) {
-          const Vec<T> mean = all(row[t]);
+          const Vec<T> mean = all(row[t * kRows]);
           for (int p = 0; p < P; ++p) acc[t][p] += mean * w[p];
         }
       }

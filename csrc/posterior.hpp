@@ -28,18 +28,34 @@ inline double harmless_gap(double error, int64_t k) {
   return Simd<T>::eps * error + __builtin_log(double(k)) + Simd<T>::negligible;
 }
 
+// The two largest logits and the component of the larger one.
+template <class T>
+struct Largest {
+  Vec<T> first[P], second[P];
+  Int<T> leader[P];
+  Largest() {
+    for (int p = 0; p < P; ++p) first[p] = second[p] = all(-Simd<T>::infinity), leader[p] = Int<T>{};
+  }
+};
+
 // B points in lanes and what the pass knows of them.
 template <class T>
 struct Block {
   T *points, *directions, *mean, *through;  // (stride, B) x - alpha center; v; sum e_k m_k; sum e_k (m_k.v) m_k
   const T *x[B<T>], *v[B<T>];               // the rows; those beyond the last repeat it
   double alpha[B<T>], std[B<T>];
-  Vec<T> ratio[P], rate[P], gain[P], square[P];  // alpha, 1 / std, alpha / std^2, |x - alpha center|^2
+  Vec<T> ratio[P], rate[P], gain[P], square[P];  // alpha, 1 / std, alpha / std^2 / ln 2, |x - alpha center|^2
   Softmax<T> softmax;
-  Vec<T> second_top[P], second[P], along[P];  // second largest logit; sum e_k |m_k|^2 / 2; sum e_k m_k.v
-  Int<T> leader[P];
+  Largest<T> largest;
+  Vec<T> second[P], along[P];  // sum e_k |m_k|^2 / 2; sum e_k m_k.v
   int64_t begin, count;
 };
+
+// Asks for rows (count, d) while the arithmetic goes on: a block's rows are too many streams for the hardware.
+template <class T>
+void prefetch(const T* rows, int64_t count, int64_t d) {
+  for (int64_t i = 0; i < count * d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i);
+}
 
 // Memory shared by the blocks of a worker.
 template <class T>
@@ -56,7 +72,6 @@ struct Scratch {
 // row - alpha center, columns j .. j + W - 1
 template <class T>
 inline Vec<T> centred_row(const Components<T>& c, double alpha, int64_t j, Vec<T> row) {
-  if (alpha == 1) return row - at(c.center + j);
   for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - alpha * double(c.center[j + l]));
   return row;
 }
@@ -65,15 +80,22 @@ template <class T>
 void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T>& b) {
   const Components<T>& c = *job.components;
   b.begin = begin, b.count = end - begin < B<T> ? end - begin : B<T>;
+  alignas(kVectorBytes) T ratio[B<T>], rate[B<T>], gain[B<T>];
   for (int lane = 0; lane < B<T>; ++lane) {
     const int64_t i = begin + (lane < b.count ? lane : b.count - 1);
-    const int p = lane / W<T>, q = lane % W<T>;
     b.x[lane] = job.x + i * c.d, b.v[lane] = job.v + i * c.d;
     b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
-    b.ratio[p][q] = T(b.alpha[lane]), b.rate[p][q] = T(1 / b.std[lane]);
-    b.gain[p][q] = T(b.alpha[lane] / (b.std[lane] * b.std[lane]));
   }
-  rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, b.alpha[l], j, row); });
+  for (int lane = 0; lane < B<T>; ++lane) {
+    ratio[lane] = T(b.alpha[lane]), rate[lane] = T(1 / b.std[lane]);
+    gain[lane] = T(kLog2e * b.alpha[lane] / (b.std[lane] * b.std[lane]));
+  }
+  for (int p = 0; p < P; ++p)
+    b.ratio[p] = at(ratio + p * W<T>), b.rate[p] = at(rate + p * W<T>), b.gain[p] = at(gain + p * W<T>);
+  if (job.alpha_step == 0 && job.alpha[0] == 1)
+    rows_to_lanes(b.x, c.d, b.points, [&](int, int64_t j, Vec<T> row) { return row - at(c.center + j); });
+  else
+    rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, b.alpha[l], j, row); });
   if (job.output == Output::hvp) rows_to_lanes(b.v, c.d, b.directions, [](int, int64_t, Vec<T> row) { return row; });
   Vec<T> sum[kRows][P] = {};
   for (int64_t j = 0; j < c.stride; j += kRows)
@@ -81,10 +103,10 @@ void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T
       const Vec<T> value = at(b.points + j * B<T> + i * W<T>);
       sum[i / P][i % P] += value * value;
     }
-  b.softmax = Softmax<T>();
+  b.softmax = Softmax<T>(), b.largest = Largest<T>();
   for (int p = 0; p < P; ++p) {
     b.square[p] = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
-    b.second_top[p] = all(-Simd<T>::infinity), b.leader[p] = Int<T>{}, b.second[p] = b.along[p] = Vec<T>{};
+    b.second[p] = b.along[p] = Vec<T>{};
   }
 }
 
@@ -92,17 +114,25 @@ template <class T>
 void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, const Scratch<T>& scratch, Block<T>& b) {
   const Components<T>& c = *job.components;
   const bool fresh = panel.first == 0;
-  Vec<T> top[P], scale[P];
+  Vec<T> scale[P];
   int live[kPanel<T>];
-  for (int p = 0; p < P; ++p) top[p] = b.softmax.top[p];
-  project(panel, c.d, b.points, scratch.tile, [&](int64_t k, int p, Vec<T> dot) {
-    const Vec<T> logit = b.gain[p] * (dot - b.ratio[p] * panel.half_norms[k]) + panel.log_weights[k];
-    b.leader[p] = logit > top[p] ? Int<T>{} + Index<T>(panel.first + k) : b.leader[p];
-    b.second_top[p] = larger(smaller(logit, top[p]), b.second_top[p]);
-    top[p] = larger(logit, top[p]);
-    return logit;
+  project(panel, c.d, b.points, scratch.tile, [&](int64_t k, auto& tile) {
+    Largest<T> now = b.largest;
+#pragma GCC unroll 16
+    for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
+      const Vec<T> half_norm = all(panel.half_norms[k + t]), log_weight = all(panel.log_weights[k + t]);
+      const Int<T> here = Int<T>{} + Index<T>(panel.first + k + t);
+      for (int p = 0; p < P; ++p) {
+        const Vec<T> logit = b.gain[p] * (tile[t][p] - b.ratio[p] * half_norm) + log_weight;
+        now.leader[p] = logit > now.first[p] ? here : now.leader[p];
+        now.second[p] = larger(smaller(logit, now.first[p]), now.second[p]);
+        now.first[p] = larger(logit, now.first[p]);
+        tile[t][p] = logit;
+      }
+    }
+    b.largest = now;
   });
-  const int n_live = b.softmax.weigh(top, window, scratch.tile, panel.count, scale, live);
+  const int n_live = b.softmax.weigh(b.largest.first, window, scratch.tile, panel.count, scale, live);
   if (job.output == Output::log_density) return;
   if (!fresh) rescale(b.mean, c.stride, scale);
   accumulate(panel, live, n_live, scratch.tile, b.mean, fresh);
@@ -114,61 +144,76 @@ void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, cons
   if (job.output != Output::hvp) return;
   if (!fresh) rescale(b.through, c.stride, scale);
   for (int p = 0; p < P; ++p) b.along[p] *= scale[p];
-  project(panel, c.d, b.directions, scratch.through, [&](int64_t k, int p, Vec<T> dot) {
-    dot *= at(scratch.tile + k * B<T> + p * W<T>);
-    b.along[p] += dot;
-    return dot;
+  project(panel, c.d, b.directions, scratch.through, [&](int64_t k, auto& tile) {
+    for (int i = 0; i < int(sizeof(tile) / sizeof(Vec<T>)); ++i) {
+      Vec<T>& dot = tile[i / P][i % P];
+      dot *= at(scratch.tile + k * B<T> + i * W<T>);
+      b.along[i % P] += dot;
+    }
   });
   accumulate(panel, live, n_live, scratch.through, b.through, fresh);
+}
+
+// mean (stride, B) <- the output's columns, from the sums of the pass; marks the lanes in which a score is a difference
+// of nearly equal numbers.
+template <Output output, class T>
+void finish_columns(const Components<T>& c, double radius, const Vec<T>* allow, const Block<T>& b, Int<T>* again) {
+  Vec<T> share[P], inverse[P], along[P], ratio[P], curvature[P], gap2[P];
+  for (int p = 0; p < P; ++p) {
+    share[p] = 1 / b.softmax.sum[p], inverse[p] = b.rate[p] * b.rate[p], along[p] = b.along[p] * share[p];
+    ratio[p] = b.ratio[p] * share[p], curvature[p] = b.ratio[p] * b.ratio[p] * inverse[p] * inverse[p],
+    gap2[p] = Vec<T>{};
+  }
+  for (int64_t j = 0; j < c.d; ++j)
+    for (int p = 0; p < P; ++p) {
+      const int64_t from = j * B<T> + p * W<T>;
+      Vec<T>& mean = at(b.mean + from);
+      if constexpr (output == Output::score) {
+        const Vec<T> gap = ratio[p] * mean - at(b.points + from);
+        gap2[p] += gap * gap;
+        mean = gap * inverse[p];
+      } else if constexpr (output == Output::posterior_mean) {
+        mean = mean * share[p] + c.center[j];
+      } else {
+        mean *= share[p];
+        mean =
+            curvature[p] * (at(b.through + from) * share[p] - along[p] * mean) - at(b.directions + from) * inverse[p];
+      }
+    }
+  for (int p = 0; output == Output::score && p < P; ++p)
+    again[p] |= ~(32 * (b.ratio[p] * b.ratio[p] * T(radius * radius) + b.square[p]) <= allow[p] * allow[p] * gap2[p]);
 }
 
 // Writes what the pass gives; marks the lanes in which it is a difference of nearly equal numbers.
 template <class T>
 void write_block(const PosteriorJob<T>& job, double radius, const Vec<T>* allow, const Block<T>& b, Int<T>* again) {
   const Components<T>& c = *job.components;
-  const auto of = [](int64_t from) { return from % B<T> / W<T>; };  // register of an element of an array (., B)
-  Vec<T> share[P];
-  T* rows[B<T>];
-  for (int p = 0; p < P; ++p) share[p] = 1 / b.softmax.sum[p];
-  for (int lane = 0; lane < B<T>; ++lane) rows[lane] = job.out + (b.begin + lane) * c.d;
-  if (job.output == Output::score) {
-    Vec<T> gap2[P] = {};
-    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) {
-      const int64_t p = of(from);
-      const Vec<T> gap = b.ratio[p] * (at(b.mean + from) * share[p]) - at(b.points + from);
-      gap2[p] += gap * gap;
-      return gap * (b.rate[p] * b.rate[p]);
-    });
-    for (int p = 0; p < P; ++p)
-      again[p] |= ~(32 * (b.ratio[p] * b.ratio[p] * T(radius * radius) + b.square[p]) <= allow[p] * allow[p] * gap2[p]);
-  } else if (job.output == Output::posterior_mean) {
-    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) { return at(b.mean + from) * share[of(from)]; });
-    for (int64_t i = 0; i < b.count; ++i)
-      for (int64_t j = 0; j < c.d; ++j) rows[i][j] += c.center[j];
-  } else if (job.output == Output::hvp) {
-    lanes_to_rows(c.d, b.count, rows, [&](int64_t from) {
-      const int64_t p = of(from);
-      const Vec<T> mean = at(b.mean + from) * share[p], curvature = b.gain[p] * b.gain[p];
-      return curvature * (at(b.through + from) * share[p] - b.along[p] * share[p] * mean) -
-             at(b.directions + from) * (b.rate[p] * b.rate[p]);
-    });
-  } else if (job.output == Output::trace) {
-    for (int p = 0; p < P; ++p) {
-      Vec<T> norm2{};
-      for (int64_t j = p * W<T>; j < c.stride * B<T>; j += B<T>) {
-        const Vec<T> mean = at(b.mean + j) * share[p];
-        norm2 += mean * mean;
-      }
-      const Vec<T> trace = 2 * share[p] * b.second[p] - norm2, noise = 1 / (b.gain[p] * b.ratio[p]);
-      again[p] |= ~(8 * T(radius * radius) <= allow[p] * (trace + noise));
-      store(trace, job.out + b.begin + p * W<T>, b.count - p * W<T>);
-    }
-  } else {
+  if (job.output == Output::log_density) {
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t p = i / W<T>, q = i % W<T>;
       const double log_sum = __builtin_log(double(b.softmax.sum[p][q]));
-      job.out[b.begin + i] = T(density(c, b.x[i], b.alpha[i], b.std[i], b.leader[p][q], log_sum));
+      job.out[b.begin + i] = T(density(c, b.x[i], b.alpha[i], b.std[i], b.largest.leader[p][q], log_sum));
     }
+  } else if (job.output == Output::trace) {
+    for (int p = 0; p < P; ++p) {
+      const Vec<T> share = 1 / b.softmax.sum[p];
+      Vec<T> norm2{};
+      for (int64_t j = p * W<T>; j < c.stride * B<T>; j += B<T>) {
+        const Vec<T> mean = at(b.mean + j) * share;
+        norm2 += mean * mean;
+      }
+      const Vec<T> trace = 2 * share * b.second[p] - norm2,
+                   noise = 1 / (b.ratio[p] * b.rate[p] * b.ratio[p] * b.rate[p]);
+      again[p] |= ~(8 * T(radius * radius) <= allow[p] * (trace + noise));
+      if (b.count > p * W<T>) store(trace, job.out + b.begin + p * W<T>, b.count - p * W<T>);
+    }
+  } else {
+    T* rows[B<T>];
+    for (int lane = 0; lane < B<T>; ++lane) rows[lane] = job.out + (b.begin + lane) * c.d;
+    if (job.output == Output::score) finish_columns<Output::score>(c, radius, allow, b, again);
+    if (job.output == Output::posterior_mean) finish_columns<Output::posterior_mean>(c, radius, allow, b, again);
+    if (job.output == Output::hvp) finish_columns<Output::hvp>(c, radius, allow, b, again);
+    lanes_to_rows(b.mean, c.d, b.count, rows, job.past_caches);
   }
 }
 
@@ -187,8 +232,8 @@ void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& sc
     const Vec<T> room = allow[p] - 2 * rho * rho - 16;  // constant xi rho must fit in
     again[p] = ~((room >= 0) & (T(constant * constant) * rho * rho * (b.square[p] * xi * xi) <= room * room));
     again[p] |= sum - sum != 0;
-    const Vec<T> window = Simd<T>::eps * allow[p] + T(harmless_gap<T>(0, c.k));
-    if (differences) again[p] |= b.softmax.top[p] - b.second_top[p] > window;
+    const Vec<T> window = T(kLog2e * Simd<T>::eps) * allow[p] + T(kLog2e * harmless_gap<T>(0, c.k));
+    if (differences) again[p] |= b.largest.first[p] - b.largest.second[p] > window;
   }
   write_block(job, radius, allow, b, again);
   Int<T> some{};
@@ -201,9 +246,11 @@ void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& sc
     const double error = constant * xi * rho + 2 * rho * rho + 16, most = double(allow[p][q]);
     const double window = harmless_gap<T>(error > most ? error : most, c.k);
     for (int64_t j = 0; j < c.stride; ++j) scratch.centred[j] = b.points[j * B<T> + lane];
-    const bool collapsed = double(b.softmax.top[p][q]) - double(b.second_top[p][q]) > window;
-    refine_row(job, b.begin + lane, {b.x[lane], job.v ? b.v[lane] : nullptr, scratch.centred, b.alpha[lane],
-                                     b.std[lane], b.leader[p][q], window, collapsed}, scratch.sums);
+    const bool collapsed = double(b.largest.first[p][q] - b.largest.second[p][q]) > kLog2e * window;
+    refine_row(job, b.begin + lane,
+               {b.x[lane], job.v ? b.v[lane] : nullptr, scratch.centred, b.alpha[lane], b.std[lane],
+                b.largest.leader[p][q], window, collapsed},
+               scratch.sums);
   }
 }
 
@@ -211,9 +258,9 @@ template <class T>
 void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
   const Components<T>& c = *job.components;
   const Scratch<T> scratch(c, arena);
-  const T window = T(Simd<T>::negligible + __builtin_log(double(c.k)));
+  const T window = T(kLog2e * harmless_gap<T>(0, c.k));
   Panels<T> panels(c, arena);
-  const int64_t group = panels.group(), wide = c.stride * B<T>;  // blocks that share the reading of a panel
+  const int64_t group = c.group, wide = c.stride * B<T>;  // blocks that share the reading of a panel
   Block<T>* blocks = take<Block<T>>(arena, group);
   T* memory = take<T>(arena, group * wide * (job.output == Output::hvp ? 4 : 2));
   for (int64_t i = 0; i < group; ++i) {
@@ -227,12 +274,15 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       int64_t used = 0;
       for (; used < group && begin + used * B<T> < end; ++used)
         enter_block(job, begin + used * B<T>, end, blocks[used]);
+      const int64_t next = begin + used * B<T>, ahead = end - next < B<T> ? end - next : B<T>;
+      if (group == 1 && ahead > 0) prefetch(job.x + next * c.d, ahead, c.d);
       for (int64_t first = 0; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
         for (int64_t i = 0; i < used; ++i) add_panel(job, panel, window, scratch, blocks[i]);
       }
       for (int64_t i = 0; i < used; ++i) leave_block(job, panels.radius(), scratch, blocks[i]);
     }
+  drain();
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

@@ -11,9 +11,9 @@ struct Point {
   const T *x, *v;    // (d,) as the caller gave them
   const T* centred;  // (stride,) x - alpha center
   double alpha, std;
-  int64_t leader;    // component with the largest cheap logit
-  double window;     // components below the leader by more have no weight at the precision of T
-  bool collapsed;    // only the leader is inside the window
+  int64_t leader;  // component with the largest cheap logit
+  double window;   // components below the leader by more have no weight at the precision of T
+  bool collapsed;  // only the leader is inside the window
 };
 
 // Logit of component k by products of centred rows, up to what all components share.

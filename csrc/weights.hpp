@@ -24,7 +24,7 @@ template <class T>
 void softmax_row(T* row, int64_t width, T top, int64_t k, T* out) {
   Vec<T> sum{};
   for (int64_t i = 0; i < width; i += W<T>) {
-    const Vec<T> value = exponential(at(row + i) - top);
+    const Vec<T> value = exp2<T>(at(row + i) - top);
     at(row + i) = value;
     sum += value;
   }
@@ -37,12 +37,15 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
   const int64_t width = (c.k + B<T> - 1) / B<T> * B<T>, wide = c.stride * B<T>;
   const bool kept = width * c.stride * int64_t(sizeof(T)) <= (1 << 19);  // components in lanes: all, or one block
   const int64_t group = kept ? kPoints : 8 * kPoints;
-  T *lanes = take<T>(arena, kept ? width * c.stride : wide), *half_norms = take<T>(arena, width);
-  T *points = take<T>(arena, group * c.stride), *logits = take<T>(arena, group * width);
+  T *lanes = take<T>(arena, kept ? width * c.stride : wide), *half_norms = take<T>(arena, 2 * width);
+  T *points = take<T>(arena, group * c.stride), *centred = take<T>(arena, c.stride),
+    *logits = take<T>(arena, group * width);
   double *sums = take<double>(arena, 2 * c.d + c.k), radius2 = 0, square[8 * kPoints];
+  T* log_weights = half_norms + width;
   const auto put_in_lanes = [&](int64_t first) {
     T* to = lanes + kept * first * c.stride;
     means_to_lanes(c, first, to);
+    for (int l = 0; l < B<T>; ++l) log_weights[first + l] = log2_weight(c, first + l);
     for (int p = 0; p < P; ++p) {
       Vec<T> sum{};
       for (int64_t j = p * W<T>; j < wide; j += B<T>) sum += at(to + j) * at(to + j);
@@ -59,31 +62,31 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       const auto alpha = [&](int64_t i) { return job.alpha[row(i) * job.alpha_step]; };
       const auto std = [&](int64_t i) { return job.std[row(i) * job.std_step]; };
       Vec<T> top[8 * kPoints];
+      T gain[8 * kPoints], ratio[8 * kPoints];
       for (int64_t i = 0; i < (count + kPoints - 1) / kPoints * kPoints; ++i) {
         Vec<T> sum{};
         for (int64_t j = 0; j < c.stride; j += W<T>) {
           const Vec<T> value = centred_row(c, alpha(i), j, load(job.x + row(i) * c.d + j, c.d - j));
-          at(points + i * c.stride + j) = value;
+          for (int l = 0; l < W<T>; ++l) points[row_offset(i, c.stride) + (j + l) * kRows] = value[l];
           sum += value * value;
         }
+        ratio[i] = T(alpha(i)), gain[i] = T(kLog2e * alpha(i) / (std(i) * std(i)));
         square[i] = double(sum_lanes(sum)), top[i] = all(-Simd<T>::infinity);
       }
       for (int64_t first = 0; first < width; first += B<T>) {
         if (!kept) put_in_lanes(first);
         for (int64_t i = 0; i < count; i += kPoints) {
-          Vec<T> dot[kPoints][P] = {}, part[kPoints][P];
+          Vec<T> dot[kPoints][P], part[kPoints][P];
           for (int64_t j = 0; j < c.d; j += kChunk) {
             const T* from = lanes + kept * first * c.stride + j * B<T>;
-            dot_tile<kPoints>(points + i * c.stride + j, c.stride, c.d - j < kChunk ? c.d - j : kChunk, from, part);
-            for (int t = 0; t < kPoints * P; ++t) dot[t / P][t % P] += part[t / P][t % P];
+            const int64_t chunk = c.d - j < kChunk ? c.d - j : kChunk;
+            dot_tile<kPoints>(points + i * c.stride + j * kRows, c.stride, chunk, from, j == 0 ? dot : part);
+            for (int t = 0; j > 0 && t < kPoints * P; ++t) dot[t / P][t % P] += part[t / P][t % P];
           }
           for (int p = 0; p < P; ++p) {
             const int64_t k = first + p * W<T>;
-            Vec<T> log_weight = larger(load(c.log_weights + k, c.k - k), all(kNoWeight<T>));
-            for (int64_t l = c.k - k > 0 ? c.k - k : 0; l < W<T>; ++l) log_weight[l] = kNoWeight<T>;
             for (int t = 0; t < kPoints; ++t) {
-              const double a = alpha(i + t), s = std(i + t);
-              const Vec<T> logit = T(a / (s * s)) * (dot[t][p] - T(a) * at(half_norms + k)) + log_weight;
+              const Vec<T> logit = gain[i + t] * (dot[t][p] - ratio[i + t] * at(half_norms + k)) + at(log_weights + k);
               at(logits + (i + t) * width + k) = logit;
               top[i + t] = larger(logit, top[i + t]);
             }
@@ -102,8 +105,8 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
         int64_t leader = 0;
         for (int64_t k = 0; k < c.k; ++k) leader = values[k] > values[leader] ? k : leader;
         const double window = harmless_gap<T>(error, c.k);
-        refine_row(job, begin + i,
-                   {x, nullptr, points + i * c.stride, alpha(i), std(i), leader, window, false}, sums);
+        for (int64_t j = 0; j < c.stride; ++j) centred[j] = points[row_offset(i, c.stride) + j * kRows];
+        refine_row(job, begin + i, {x, nullptr, centred, alpha(i), std(i), leader, window, false}, sums);
       }
     }
   drain();

@@ -1,4 +1,4 @@
-"""Types of the C++ extension: addresses of tensors (0 where an output is not wanted), sizes and flags.
+"""Types of the C++ extension: addresses of tensors (0 where there is none), sizes and flags.
 
 The functions that take addresses end in the dtype they work on. `flowfast._cpp` is the only caller.
 """
@@ -10,9 +10,19 @@ class Form(enum.Enum):
     span = 1
     full = 2
 
+class Output(enum.Enum):
+    log_density = 0
+    score = 1
+    posterior_mean = 2
+    covariance_trace = 3
+    posterior_weights = 4
+    hessian_vector_product = 5
+
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def posterior_float32(
+    output: Output,
+    out: int,
     x: int,
     v: int,
     means: int,
@@ -21,19 +31,13 @@ def posterior_float32(
     alpha_per_row: bool,
     std: int,
     std_per_row: bool,
-    log_density: int,
-    score: int,
-    posterior_mean: int,
-    trace: int,
-    weights: int,
-    hvp: int,
     n: int,
     k: int,
     d: int,
     threads: int,
     /,
 ) -> None: ...
-def flow_fixed_float32(
+def flow_float32(
     x: int,
     out: int,
     means: int,
@@ -41,34 +45,17 @@ def flow_fixed_float32(
     center: int,
     ends: int,
     ends_per_row: bool,
+    tableau: int,
+    stages: int,
+    steps: int,
     h: int,
     coefficients: int,
-    tableau: int,
-    stages: int,
-    steps: int,
-    n: int,
-    k: int,
-    d: int,
-    form: Form,
-    threads: int,
-    /,
-) -> None: ...
-def flow_adaptive_float32(
-    x: int,
-    out: int,
-    status: int,
-    attempts: int,
-    evaluations: int,
-    means: int,
-    log_weights: int,
-    center: int,
-    ends: int,
-    ends_per_row: bool,
-    tableau: int,
-    stages: int,
     rtol: float,
     atol: float,
     max_steps: int,
+    status: int,
+    attempts: int,
+    evaluations: int,
     n: int,
     k: int,
     d: int,
@@ -77,9 +64,11 @@ def flow_adaptive_float32(
     /,
 ) -> None: ...
 def diameter_float32(means: int, k: int, d: int, threads: int, /) -> float: ...
-def exponential_float32(x: int, out: int, n: int, /) -> None: ...
+def exp2_float32(x: int, out: int, n: int, /) -> None: ...
 def block_float32() -> int: ...
 def posterior_float64(
+    output: Output,
+    out: int,
     x: int,
     v: int,
     means: int,
@@ -88,19 +77,13 @@ def posterior_float64(
     alpha_per_row: bool,
     std: int,
     std_per_row: bool,
-    log_density: int,
-    score: int,
-    posterior_mean: int,
-    trace: int,
-    weights: int,
-    hvp: int,
     n: int,
     k: int,
     d: int,
     threads: int,
     /,
 ) -> None: ...
-def flow_fixed_float64(
+def flow_float64(
     x: int,
     out: int,
     means: int,
@@ -108,34 +91,17 @@ def flow_fixed_float64(
     center: int,
     ends: int,
     ends_per_row: bool,
+    tableau: int,
+    stages: int,
+    steps: int,
     h: int,
     coefficients: int,
-    tableau: int,
-    stages: int,
-    steps: int,
-    n: int,
-    k: int,
-    d: int,
-    form: Form,
-    threads: int,
-    /,
-) -> None: ...
-def flow_adaptive_float64(
-    x: int,
-    out: int,
-    status: int,
-    attempts: int,
-    evaluations: int,
-    means: int,
-    log_weights: int,
-    center: int,
-    ends: int,
-    ends_per_row: bool,
-    tableau: int,
-    stages: int,
     rtol: float,
     atol: float,
     max_steps: int,
+    status: int,
+    attempts: int,
+    evaluations: int,
     n: int,
     k: int,
     d: int,
@@ -144,5 +110,5 @@ def flow_adaptive_float64(
     /,
 ) -> None: ...
 def diameter_float64(means: int, k: int, d: int, threads: int, /) -> float: ...
-def exponential_float64(x: int, out: int, n: int, /) -> None: ...
+def exp2_float64(x: int, out: int, n: int, /) -> None: ...
 def block_float64() -> int: ...

@@ -84,14 +84,16 @@ def _mixture(means: Tensor, log_weights: Tensor, dtype: torch.dtype, d: int) -> 
 
 
 def _posterior(
-    x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor, v: Tensor | None = None, **out: Tensor
-) -> None:
-    """Fill the tensors given by name in one pass over the components."""
+    name: str, out: Tensor, x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor,
+    v: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fill `out` with the operation `name` in one pass over the components."""
     n, d = x.shape
     dtype = x.dtype
     k, means_at, log_weights_at = _mixture(means, log_weights, dtype, d)
-    names = ("log_density", "score", "posterior_mean", "trace", "weights", "hvp")
     _function("posterior", dtype)(
+        getattr(_core().Output, name),
+        out.data_ptr(),
         _address("x", x, dtype, (n, d)),
         0 if v is None else _address("v", v, dtype, (n, d)),
         means_at,
@@ -100,56 +102,45 @@ def _posterior(
         alpha.ndim == 1,
         _address("std", std, torch.float64, (), (n,)),
         std.ndim == 1,
-        *(out[name].data_ptr() if name in out else 0 for name in names),
         n,
         k,
         d,
         torch.get_num_threads(),
     )
+    return out
 
 
 def log_density(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
     """Log-density of each row's mixture, (n,)."""
-    out = x.new_empty(x.shape[0])
-    _posterior(x, means, log_weights, alpha, std, log_density=out)
-    return out
+    return _posterior("log_density", x.new_empty(x.shape[0]), x, means, log_weights, alpha, std)
 
 
 def score(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
     """Gradient of the log-density, (n, d)."""
-    out = torch.empty_like(x)
-    _posterior(x, means, log_weights, alpha, std, score=out)
-    return out
+    return _posterior("score", torch.empty_like(x), x, means, log_weights, alpha, std)
 
 
 def posterior_mean(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
     """Posterior average of the means, (n, d), not multiplied by alpha."""
-    out = torch.empty_like(x)
-    _posterior(x, means, log_weights, alpha, std, posterior_mean=out)
-    return out
+    return _posterior("posterior_mean", torch.empty_like(x), x, means, log_weights, alpha, std)
 
 
 def covariance_trace(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
     """Trace of the posterior covariance of the means, (n,), not multiplied by alpha^2."""
-    out = x.new_empty(x.shape[0])
-    _posterior(x, means, log_weights, alpha, std, trace=out)
-    return out
+    return _posterior("covariance_trace", x.new_empty(x.shape[0]), x, means, log_weights, alpha, std)
 
 
 def posterior_weights(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
     """Posterior weights (responsibilities) of the components, (n, k)."""
     out = x.new_empty(x.shape[0], means.shape[0])
-    _posterior(x, means, log_weights, alpha, std, weights=out)
-    return out
+    return _posterior("posterior_weights", out, x, means, log_weights, alpha, std)
 
 
 def hessian_vector_product(
     x: Tensor, v: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor
 ) -> Tensor:
     """Hessian of the log-density times v (n, d), (n, d)."""
-    out = torch.empty_like(x)
-    _posterior(x, means, log_weights, alpha, std, v, hvp=out)
-    return out
+    return _posterior("hessian_vector_product", torch.empty_like(x), x, means, log_weights, alpha, std, v)
 
 
 def flow_fixed(
@@ -181,7 +172,7 @@ def flow_fixed(
     center, ends, h, coefficients, tableau = _tables(center, ends, h, coefficients, tableau)
     k, means_at, log_weights_at = _mixture(means, log_weights, x.dtype, d)
     out = torch.empty_like(x)
-    _function("flow_fixed", x.dtype)(
+    _function("flow", x.dtype)(
         _address("x", x, x.dtype, (n, d)),
         out.data_ptr(),
         means_at,
@@ -189,11 +180,13 @@ def flow_fixed(
         _address("center", center, torch.float64, (d,)),
         _address("ends", ends, torch.float64, (4,), (4, n)),
         ends.ndim == 2,
-        _address("h", h, torch.float64, (steps,)),
-        _address("coefficients", coefficients, torch.float64, (steps, stages, 4)),
         _address("tableau", tableau, torch.float64, (stages + 3, stages)),
         stages,
         steps,
+        _address("h", h, torch.float64, (steps,)),
+        _address("coefficients", coefficients, torch.float64, (steps, stages, 4)),
+        *(0.0, 0.0, 0),  # tolerances and limit of step-size control
+        *(0, 0, 0),  # no status, attempts and evaluations
         n,
         k,
         d,
@@ -235,12 +228,9 @@ def flow_adaptive(
     out = torch.empty_like(x)
     status = torch.empty(n, dtype=torch.int8)
     steps, evaluations = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-    _function("flow_adaptive", x.dtype)(
+    _function("flow", x.dtype)(
         _address("x", x, x.dtype, (n, d)),
         out.data_ptr(),
-        status.data_ptr(),
-        steps.data_ptr(),
-        evaluations.data_ptr(),
         means_at,
         log_weights_at,
         _address("center", center, torch.float64, (d,)),
@@ -248,9 +238,13 @@ def flow_adaptive(
         ends.ndim == 2,
         _address("tableau", tableau, torch.float64, (stages + 3, stages)),
         stages,
+        *(0, 0, 0),  # no fixed steps
         rtol,
         atol,
         max_steps,
+        status.data_ptr(),
+        steps.data_ptr(),
+        evaluations.data_ptr(),
         n,
         k,
         d,
