@@ -6,17 +6,15 @@
 
 namespace flowfast {
 
+#define FLOWFAST_DECLARE(set) \
+  namespace set {             \
+  extern const Isa kernels;   \
+  }
+FLOWFAST_DECLARE(generic)
 #if defined(__x86_64__)
-namespace avx512 {
-extern const Isa kernels;
-}
-namespace avx2 {
-extern const Isa kernels;
-}
+FLOWFAST_DECLARE(avx2)
+FLOWFAST_DECLARE(avx512)
 #endif
-namespace generic {
-extern const Isa kernels;
-}
 
 namespace {
 
@@ -36,11 +34,10 @@ std::vector<const Isa*> usable() {
 }
 
 const Isa& choose() {
-  const std::vector<const Isa*> sets = usable();
   const char* forced = std::getenv("FLOWFAST_ISA");
-  if (!forced || !*forced) return *sets.front();
+  if (!forced || !*forced) return *usable().front();
   std::string names;
-  for (const Isa* set : sets) {
+  for (const Isa* set : usable()) {
     if (std::string(forced) == set->name) return *set;
     names += (names.empty() ? "" : ", ") + std::string(set->name);
   }

@@ -69,10 +69,11 @@ struct Scratch {
         sums(take<double>(arena, 2 * c.d + c.k)) {}
 };
 
-// row - alpha center, columns j .. j + W - 1
+// row - (alpha + rest) center, columns j .. j + W - 1: error u |result|, by fused products where there are any
 template <class T>
-inline Vec<T> centred_row(const Components<T>& c, double alpha, int64_t j, Vec<T> row) {
-  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - alpha * double(c.center[j + l]));
+inline Vec<T> centred_row(const Components<T>& c, T alpha, T rest, int64_t j, Vec<T> row) {
+  if constexpr (kFused) return (row - alpha * at(c.center + j)) - rest * at(c.center + j);
+  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - (double(alpha) + double(rest)) * double(c.center[j + l]));
   return row;
 }
 
@@ -80,22 +81,19 @@ template <class T>
 void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T>& b) {
   const Components<T>& c = *job.components;
   b.begin = begin, b.count = end - begin < B<T> ? end - begin : B<T>;
-  alignas(kVectorBytes) T ratio[B<T>], rate[B<T>], gain[B<T>];
+  alignas(kVectorBytes) T ratio[B<T>], rest[B<T>], rate[B<T>], gain[B<T>];
   for (int lane = 0; lane < B<T>; ++lane) {
     const int64_t i = begin + (lane < b.count ? lane : b.count - 1);
     b.x[lane] = job.x + i * c.d, b.v[lane] = job.v + i * c.d;
     b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
   }
   for (int lane = 0; lane < B<T>; ++lane) {
-    ratio[lane] = T(b.alpha[lane]), rate[lane] = T(1 / b.std[lane]);
+    ratio[lane] = T(b.alpha[lane]), rest[lane] = T(b.alpha[lane] - double(ratio[lane])), rate[lane] = T(1 / b.std[lane]);
     gain[lane] = T(kLog2e * b.alpha[lane] / (b.std[lane] * b.std[lane]));
   }
   for (int p = 0; p < P; ++p)
     b.ratio[p] = at(ratio + p * W<T>), b.rate[p] = at(rate + p * W<T>), b.gain[p] = at(gain + p * W<T>);
-  if (job.alpha_step == 0 && job.alpha[0] == 1)
-    rows_to_lanes(b.x, c.d, b.points, [&](int, int64_t j, Vec<T> row) { return row - at(c.center + j); });
-  else
-    rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, b.alpha[l], j, row); });
+  rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, ratio[l], rest[l], j, row); });
   if (job.output == Output::hvp) rows_to_lanes(b.v, c.d, b.directions, [](int, int64_t, Vec<T> row) { return row; });
   Vec<T> sum[kRows][P] = {};
   for (int64_t j = 0; j < c.stride; j += kRows)

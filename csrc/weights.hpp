@@ -65,12 +65,13 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       T gain[8 * kPoints], ratio[8 * kPoints];
       for (int64_t i = 0; i < (count + kPoints - 1) / kPoints * kPoints; ++i) {
         Vec<T> sum{};
+        ratio[i] = T(alpha(i)), gain[i] = T(kLog2e * alpha(i) / (std(i) * std(i)));
+        const T rest = T(alpha(i) - double(ratio[i]));
         for (int64_t j = 0; j < c.stride; j += W<T>) {
-          const Vec<T> value = centred_row(c, alpha(i), j, load(job.x + row(i) * c.d + j, c.d - j));
+          const Vec<T> value = centred_row(c, ratio[i], rest, j, load(job.x + row(i) * c.d + j, c.d - j));
           for (int l = 0; l < W<T>; ++l) points[row_offset(i, c.stride) + (j + l) * kRows] = value[l];
           sum += value * value;
         }
-        ratio[i] = T(alpha(i)), gain[i] = T(kLog2e * alpha(i) / (std(i) * std(i)));
         square[i] = double(sum_lanes(sum)), top[i] = all(-Simd<T>::infinity);
       }
       for (int64_t first = 0; first < width; first += B<T>) {
