@@ -18,37 +18,44 @@ inline constexpr double kPower64[] = {0x1.c0638527edf34p-32, 0x1.e605f979c7a5dp-
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-125) : T(-1021);  // 2^x is exactly zero below
 
-// 2^x where alive, kLowest <= x <= 0: error <= 1.5 ulp, 2^0 = 1, NaN stays NaN. Exactly 0 where not alive, for any x.
-template <class T>
-inline Vec<T> exp2(Vec<T> x, Int<T> alive) {
-  constexpr bool single = sizeof(T) == 4;
-  constexpr int mantissa = single ? 23 : 52, terms = single ? 6 : 11;
-  const T shift = single ? T(0x1.8p23) : T(0x1.8p52);  // adding it rounds to an integer, left in the low bits
-  const Vec<T> t = x + shift, r = x - (t - shift);
-  const auto& power = [] {
-    if constexpr (single)
-      return kPower32;
-    else
-      return kPower64;
-  }();
-  Vec<T> p = all(T(power[0]));
-#pragma GCC unroll 16
-  for (int i = 1; i < terms; ++i) p = p * r + T(power[i]);
-  p = p * r + T(1);
-  const Int<T> bits = reinterpret_cast<const Int<T>&>(p) + (reinterpret_cast<const Int<T>&>(t) << mantissa);
-  return alive ? reinterpret_cast<const Vec<T>&>(bits) : Vec<T>{};
+// Hides where a constant comes from, so that it stays in a register instead of being read at every turn of a loop.
+template <class V>
+inline V held(V value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
 }
 
-// 2^x, x <= 0, exactly 0 below kLowest
+// The function 2^x with its constants. Make one before a loop.
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
-  return exp2<T>(x, ~(x < kLowest<T>));
-}
+struct Exp2 {
+  static constexpr bool kSingle = sizeof(T) == 4;
+  static constexpr int kMantissa = kSingle ? 23 : 52, kTerms = kSingle ? 6 : 11;
+  Vec<T> shift =
+      held(all(kSingle ? T(0x1.8p23) : T(0x1.8p52)));  // adding it rounds to an integer, left in the low bits
+  Vec<T> power[kTerms];
+  Exp2() {
+    for (int i = 0; i < kTerms; ++i) power[i] = held(all(T(kSingle ? double(kPower32[i % 6]) : kPower64[i])));
+  }
+  // Where alive, kLowest <= x <= 0: error <= 1.5 ulp, 2^0 = 1, NaN stays NaN. Exactly 0 where not alive, for any x.
+  Vec<T> operator()(Vec<T> x, Int<T> alive) const {
+    const Vec<T> t = x + shift, r = x - (t - shift);
+    Vec<T> p = power[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < kTerms; ++i) p = p * r + power[i];
+    p = p * r + T(1);
+    const Int<T> bits = reinterpret_cast<const Int<T>&>(p) + (reinterpret_cast<const Int<T>&>(t) << kMantissa);
+    return alive ? reinterpret_cast<const Vec<T>&>(bits) : Vec<T>{};
+  }
+  // x <= 0, exactly 0 below kLowest
+  Vec<T> operator()(Vec<T> x) const { return (*this)(x, ~(x < kLowest<T>)); }
+};
 
 // 2^x[i] for i < n, any alignment: the same function for the tests.
 template <class T>
 void exp2_array(const T* x, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; i += W<T>) store(exp2<T>(load(x + i, n - i)), out + i, n - i);
+  for (int64_t i = 0; i < n; i += W<T>) store(Exp2<T>()(load(x + i, n - i)), out + i, n - i);
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

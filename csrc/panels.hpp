@@ -168,16 +168,16 @@ void project(const Panel<T>& panel, int64_t d, const T* lanes, T* dots, const Fi
   }
 }
 
-// sum (stride, B) = (fresh) or += sum over the listed components of weights (count, B) * rows
+// sum (stride, B) = sum * scale (P registers; null: zero) + sum over the listed components of weights (count, B) * rows
 template <class T>
-void accumulate(const Panel<T>& panel, const int* live, int n_live, const T* weights, T* sum, bool fresh) {
+void accumulate(const Panel<T>& panel, const int* live, int n_live, const T* weights, T* sum, const Vec<T>* scale) {
   for (int64_t start = 0; start < panel.stride; start += kChunk) {
     const int64_t pitch = panel.width(start);
     for (int64_t j = 0; j < pitch; j += kTile) {
       T* to = sum + (start + j) * B<T>;
       const T* rows = panel.chunk(start) + j * kRows;
       Vec<T> acc[kTile][P];
-      for (int i = 0; i < kTile * P; ++i) acc[i / P][i % P] = fresh ? Vec<T>{} : at(to + i * W<T>);
+      for (int i = 0; i < kTile * P; ++i) acc[i / P][i % P] = scale ? at(to + i * W<T>) * scale[i % P] : Vec<T>{};
       for (int l = 0; l < n_live; ++l) {
         const T *row = rows + row_offset(live[l], pitch), *weight = weights + live[l] * B<T>;
         Vec<T> w[P];

@@ -88,12 +88,14 @@ void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T
     b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
   }
   for (int lane = 0; lane < B<T>; ++lane) {
-    ratio[lane] = T(b.alpha[lane]), rest[lane] = T(b.alpha[lane] - double(ratio[lane])), rate[lane] = T(1 / b.std[lane]);
+    ratio[lane] = T(b.alpha[lane]), rest[lane] = T(b.alpha[lane] - double(ratio[lane])),
+    rate[lane] = T(1 / b.std[lane]);
     gain[lane] = T(kLog2e * b.alpha[lane] / (b.std[lane] * b.std[lane]));
   }
   for (int p = 0; p < P; ++p)
     b.ratio[p] = at(ratio + p * W<T>), b.rate[p] = at(rate + p * W<T>), b.gain[p] = at(gain + p * W<T>);
-  rows_to_lanes(b.x, c.d, b.points, [&](int l, int64_t j, Vec<T> row) { return centred_row(c, ratio[l], rest[l], j, row); });
+  rows_to_lanes(b.x, c.d, b.points,
+                [&](int l, int64_t j, Vec<T> row) { return centred_row(c, ratio[l], rest[l], j, row); });
   if (job.output == Output::hvp) rows_to_lanes(b.v, c.d, b.directions, [](int, int64_t, Vec<T> row) { return row; });
   Vec<T> sum[kRows][P] = {};
   for (int64_t j = 0; j < c.stride; j += kRows)
@@ -111,8 +113,7 @@ void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T
 template <class T>
 void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, const Scratch<T>& scratch, Block<T>& b) {
   const Components<T>& c = *job.components;
-  const bool fresh = panel.first == 0;
-  Vec<T> scale[P];
+  Vec<T> scales[P], *const scale = panel.first > 0 ? scales : nullptr;
   int live[kPanel<T>];
   project(panel, c.d, b.points, scratch.tile, [&](int64_t k, auto& tile) {
     Largest<T> now = b.largest;
@@ -130,18 +131,16 @@ void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, cons
     }
     b.largest = now;
   });
-  const int n_live = b.softmax.weigh(b.largest.first, window, scratch.tile, panel.count, scale, live);
+  const int n_live = b.softmax.weigh(b.largest.first, window, scratch.tile, panel.count, scales, live);
   if (job.output == Output::log_density) return;
-  if (!fresh) rescale(b.mean, c.stride, scale);
-  accumulate(panel, live, n_live, scratch.tile, b.mean, fresh);
+  accumulate(panel, live, n_live, scratch.tile, b.mean, scale);
   for (int p = 0; job.output == Output::trace && p < P; ++p) {
-    b.second[p] *= scale[p];
+    b.second[p] *= scales[p];
     for (int64_t k = 0; k < panel.count; ++k)
       b.second[p] += at(scratch.tile + k * B<T> + p * W<T>) * panel.half_norms[k];
   }
   if (job.output != Output::hvp) return;
-  if (!fresh) rescale(b.through, c.stride, scale);
-  for (int p = 0; p < P; ++p) b.along[p] *= scale[p];
+  for (int p = 0; p < P; ++p) b.along[p] *= scales[p];
   project(panel, c.d, b.directions, scratch.through, [&](int64_t k, auto& tile) {
     for (int i = 0; i < int(sizeof(tile) / sizeof(Vec<T>)); ++i) {
       Vec<T>& dot = tile[i / P][i % P];
@@ -149,7 +148,7 @@ void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, cons
       b.along[i % P] += dot;
     }
   });
-  accumulate(panel, live, n_live, scratch.through, b.through, fresh);
+  accumulate(panel, live, n_live, scratch.through, b.through, scale);
 }
 
 // mean (stride, B) <- the output's columns, from the sums of the pass; marks the lanes in which a score is a difference

@@ -16,10 +16,11 @@ struct Softmax {
   // exact zeros. Earlier sums must be multiplied by scale (P registers). live (count,) lists the components with a
   // weight above zero in some lane; gives how many.
   int weigh(const Vec<T>* new_top, T window, T* tile, int64_t count, Vec<T>* scale, int* live) {
+    const Exp2<T> exp2;
     Vec<T> most[P], total[P];  // registers: memory that something might point to would be written at every turn
     for (int p = 0; p < P; ++p) {
       most[p] = new_top[p];
-      scale[p] = exp2<T>(top[p] - most[p]);
+      scale[p] = exp2(top[p] - most[p]);
       total[p] = sum[p] * scale[p];
     }
     int n_live = 0;
@@ -33,7 +34,7 @@ struct Softmax {
       live[n_live] = int(k);
       n_live += any(either);
       for (int p = 0; p < P; ++p) {
-        value[p] = exp2<T>(value[p], alive[p]);
+        value[p] = exp2(value[p], alive[p]);
         at(tile + k * B<T> + p * W<T>) = value[p];
         total[p] += value[p];
       }
@@ -42,15 +43,5 @@ struct Softmax {
     return n_live;
   }
 };
-
-// rows (count, B) *= scale, skipped where it would change nothing
-template <class T>
-void rescale(T* rows, int64_t count, const Vec<T>* scale) {
-  Int<T> changed{};
-  for (int p = 0; p < P; ++p) changed |= scale[p] != 1;
-  if (!any(changed)) return;
-  for (int64_t j = 0; j < count; ++j)
-    for (int p = 0; p < P; ++p) at(rows + j * B<T> + p * W<T>) *= scale[p];
-}
 
 }  // namespace flowfast::FLOWFAST_ISA

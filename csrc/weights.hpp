@@ -22,9 +22,10 @@ void stream_row(const T* row, int64_t width, T scale, T* out) {
 // One row's logits (width,) with the largest `top` -> their posterior weights in out (k,).
 template <class T>
 void softmax_row(T* row, int64_t width, T top, int64_t k, T* out) {
+  const Exp2<T> exp2;
   Vec<T> sum{};
   for (int64_t i = 0; i < width; i += W<T>) {
-    const Vec<T> value = exp2<T>(at(row + i) - top);
+    const Vec<T> value = exp2(at(row + i) - top);
     at(row + i) = value;
     sum += value;
   }
