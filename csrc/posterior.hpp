@@ -84,7 +84,7 @@ void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T
   alignas(kVectorBytes) T ratio[B<T>], rest[B<T>], rate[B<T>], gain[B<T>];
   for (int lane = 0; lane < B<T>; ++lane) {
     const int64_t i = begin + (lane < b.count ? lane : b.count - 1);
-    b.x[lane] = job.x + i * c.d, b.v[lane] = job.v + i * c.d;
+    b.x[lane] = job.x + i * c.d, b.v[lane] = job.v ? job.v + i * c.d : nullptr;
     b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
   }
   for (int lane = 0; lane < B<T>; ++lane) {
@@ -245,7 +245,7 @@ void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& sc
     for (int64_t j = 0; j < c.stride; ++j) scratch.centred[j] = b.points[j * B<T> + lane];
     const bool collapsed = double(b.largest.first[p][q] - b.largest.second[p][q]) > kLog2e * window;
     refine_row(job, b.begin + lane,
-               {b.x[lane], job.v ? b.v[lane] : nullptr, scratch.centred, b.alpha[lane], b.std[lane],
+               {b.x[lane], b.v[lane], scratch.centred, b.alpha[lane], b.std[lane],
                 b.largest.leader[p][q], window, collapsed},
                scratch.sums);
   }

@@ -96,21 +96,18 @@ struct Case {
     results.insert(results.end(), out.data(), out.data() + out.size());
   }
 
-  // Outputs whose bit is set in `wanted`.
-  void pointwise(int wanted, int threads) {
-    static const char* names[] = {"log_density", "score", "posterior_mean", "trace", "weights", "hvp"};
-    const int64_t sizes[] = {n, n * d, n * d, n, n * k, n * d};
-    PosteriorJob<T> job{};
-    job.x = x.data(), job.v = v.data(), job.alpha = alpha.data(), job.std = std.data();
-    job.alpha_step = job.std_step = 1;
-    T** outputs[] = {&job.log_density, &job.score, &job.posterior_mean, &job.trace, &job.weights, &job.hvp};
-    std::vector<std::unique_ptr<Guarded<T>>> memory;
-    for (int o = 0; o < 6; ++o) {
-      memory.push_back(std::make_unique<Guarded<T>>(wanted >> o & 1 ? sizes[o] : 0, side));
-      if (wanted >> o & 1) *outputs[o] = memory.back()->data();
+  void pointwise(int threads) {
+    const std::pair<Output, int64_t> outputs[] = {{Output::log_density, n},        {Output::score, n * d},
+                                                  {Output::posterior_mean, n * d}, {Output::trace, n},
+                                                  {Output::weights, n * k},        {Output::hvp, n * d}};
+    for (const auto& [output, size] : outputs) {
+      Guarded<T> out(size, side);
+      PosteriorJob<T> job{};
+      job.output = output, job.out = out.data(), job.x = x.data(), job.v = v.data();
+      job.alpha = alpha.data(), job.std = std.data(), job.alpha_step = job.std_step = 1;
+      posterior(job, means.data(), log_weights.data(), n, k, d, threads);
+      keep(out, "posterior");
     }
-    posterior(job, means.data(), log_weights.data(), n, k, d, threads);
-    for (int o = 0; o < 6; ++o) keep(*memory[size_t(o)], names[o]);
   }
 
   FlowJob<T> flow_job(Guarded<T>& out, Guarded<double>& tableau) {
@@ -144,13 +141,13 @@ struct Case {
   }
 
   void everything(int threads) {
-    for (int wanted : {63, 1, 2, 4, 8, 16, 32}) pointwise(wanted, threads);
+    pointwise(threads);
     flows(Form::span, threads), flows(Form::full, threads);
     require(std::isfinite(diameter(means.data(), k, d, threads)), "diameter", n, k, d);
     Guarded<T> out(n, side), negative(n, side);
     for (int64_t i = 0; i < n; ++i) negative[i] = T(-double(i));
-    kernels<T>().exponential(negative.data(), out.data(), n);
-    keep(out, "exponential");
+    kernels<T>().exp2(negative.data(), out.data(), n);
+    keep(out, "exp2");
   }
 };
 
@@ -172,7 +169,7 @@ void work_pool() {
   Case<T> one(n, k, d, Against::end);
   auto run = [&](int threads) {
     one.results.clear();
-    one.pointwise(63, threads), one.flows(Form::span, threads), one.flows(Form::full, threads);
+    one.pointwise(threads), one.flows(Form::span, threads), one.flows(Form::full, threads);
     return one.results;
   };
   const std::vector<T> want = run(1);
@@ -184,7 +181,7 @@ void work_pool() {
   for (int caller = 0; caller < 3; ++caller)
     callers.emplace_back([] {
       Case<T> own(n, k, d, Against::beginning);
-      for (int round = 0; round < 5; ++round) own.pointwise(63, 3);
+      for (int round = 0; round < 5; ++round) own.pointwise(3);
     });
   for (std::thread& caller : callers) caller.join();
 }
