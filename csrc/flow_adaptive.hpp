@@ -21,101 +21,94 @@ Vec<T> inverse_fifth_root(Vec<T> e) {
 
 template <class T, class Form>
 class Adaptive {
+  using V = Vec<T>;
+  using I = Int<T>;
+  static constexpr int success = 0, max_steps = 1, not_finite = 2, underflow = 3;  // as in FlowJob::status
+
  public:
   Adaptive(const FlowJob<T>& job, Work& work, Arena& arena)
-      : job_(job), work_(work), form_(job, arena), s_(job.stages), rows_(form_.rows()) {
-    state_ = take<T>(arena, rows_ * B<T>), next_ = take<T>(arena, rows_ * B<T>);
-    y_ = take<T>(arena, kTile * job.components->stride);
-    for (int64_t j = 0; j < s_; ++j) slopes_[j] = take<T>(arena, rows_ * B<T>);
-    for (int64_t& row : row_) row = -1;
+      : job_(job),
+        work_(work),
+        form_(job, arena),
+        s_(job.stages),
+        rows_(form_.rows()),
+        state_rows_(form_.state_rows()) {
+    for (T** state : {&state_, &next_, &waiting_}) *state = take<T>(arena, state_rows_ * B<T>);
+    leaving_ = take<T>(arena, rows_ * B<T>), waiting_slope_.rows = take<T>(arena, rows_ * B<T>);
+    for (int64_t j = 0; j < s_; ++j) slopes_[j] = {take<T>(arena, rows_ * B<T>), {}};
+    for (int64_t i = 0; i < state_rows_ * B<T>; ++i) state_[i] = 0;  // lanes that never hold a trajectory compute too
+    for (int64_t i = 0; i < rows_ * B<T>; ++i) slopes_[0].rows[i] = 0;
     const double *nodes = job.tableau + s_ * s_, *weights = nodes + s_, *last = nodes - s_;
     same_as_last_ = nodes[s_ - 1] == 1 && weights[s_ - 1] == 0;
     for (int64_t j = 0; j < s_; ++j) same_as_last_ &= last[j] == weights[j];
   }
 
   void run() {
-    while (true) {
-      refill();
-      if (idle_ == B<T>) return;
-      if (any_lane(fresh_)) first_slope();
-      attempt();
-      decide();
-      retire();
-    }
+    for (int lane = 0; lane < B<T>; ++lane) active_count_ += admit(lane);
+    while (active_count_ > 0) attempt(), decide();
+    if (out_.count > 0) form_.leave(out_, leaving_, 1.0);
   }
 
  private:
-  using V = Vec<T>;
-  using I = Int<T>;
+  static V fifth(V e) { return inverse_fifth_root<T>(e); }
 
-  static bool any_lane(const I* mask) {
-    I both{};
-    for (int p = 0; p < P; ++p) both |= mask[p];
-    return any(both);
-  }
-
-  // Puts row i into a lane, its start into y; false if there is nothing to integrate (the output row is written).
-  bool admit(int64_t i, int lane, T* y) {
-    const Components<T>& c = *job_.components;
-    const Ends<T> ends(job_, i);
-    enter_row(job_, i, ends, y);
-    const double span = ends.r_to - ends.r_from;
-    bool finite = span - span == 0 && ends.s_to - ends.s_to == 0;
-    V zero{};  // NaN where some coordinate is not finite
-    for (int64_t j = 0; j < c.stride; j += W<T>) zero += at(y + j) - at(y + j);
-    finite &= sum_lanes(zero) == 0;
-    if (!finite || span == 0) {
-      for (int64_t j = 0; !finite && j < c.d; ++j) y[j] = T(__builtin_nan(""));
-      leave_row(job_, i, ends, y);
-      job_.status[i] = finite ? 0 : 2, job_.attempts[i] = job_.evaluations[i] = 0;
-      return false;
-    }
-    const double scale = 1 / c.radius > ends.r_from ? 1 / c.radius : ends.r_from;
-    const double step = scale * 0.5 * __builtin_pow(job_.rtol, 0.2), whole = __builtin_fabs(span);
+  // The next trajectory of the waiting room into a lane; false when no row is left.
+  bool admit(int lane) {
     const int p = lane / W<T>, q = lane % W<T>;
-    r_[p][q] = T(ends.r_from), r_to_[p][q] = T(ends.r_to);
-    h_[p][q] = T(__builtin_copysign(step < whole ? step : whole, span));
-    active_[p][q] = fresh_[p][q] = -1, rejected_[p][q] = 0;
-    steps_[p][q] = evaluations_[p][q] = 0;
-    row_[lane] = i;
-    --idle_;
-    return true;
-  }
-
-  // Writes finished rows and takes new ones, several lanes at a time: the work per row is shared, and each refill costs
-  // one evaluation of the block.
-  void refill() {
-    if (drained_ ? idle_ < B<T> : idle_ * 4 < B<T>) return;
-    finish();
-    if (drained_) return;
-    int lanes[kTile], count = 0;
-    for (int lane = 0; lane < B<T> && !drained_; ++lane) {
-      if (active_[lane / W<T>][lane % W<T>]) continue;
-      int64_t begin, end;
-      T* y = y_ + count * job_.components->stride;
-      do { drained_ = !next_rows(work_, begin, end); } while (!drained_ && !admit(begin, lane, y));
-      if (!drained_) lanes[count++] = lane;
-      if (count == kTile) form_.enter(state_, lanes, count, y_), count = 0;
+    while (true) {
+      if (slot_ == in_.count) {
+        int64_t begin, end;
+        if (!next_rows(work_, begin, end)) return false;
+        in_.take<T>(begin, end), slot_ = 0;
+        form_.enter(in_, waiting_, waiting_size2_);
+        V r[P];
+        for (int l = 0; l < B<T>; ++l) r[l / W<T>][l % W<T>] = T(job_.ends[0][in_.row[l] * job_.ends_step]);
+        if (same_as_last_) form_.evaluate(waiting_, T(0), Sum<T>(), r, r, waiting_slope_);
+      }
+      const int slot = int(slot_++), u = slot / W<T>, v = slot % W<T>;
+      const int64_t row = in_.row[slot], i = row * job_.ends_step;
+      const double from = job_.ends[0][i], span = job_.ends[2][i] - from, whole = __builtin_fabs(span);
+      const T size2 = waiting_size2_[u][v];
+      const bool finite = size2 - size2 == 0 && span - span == 0 && job_.ends[3][i] - job_.ends[3][i] == 0;
+      if (!finite || span == 0) {
+        settle(waiting_, slot, row, finite ? success : not_finite, 0);
+        continue;
+      }
+      const double radius = job_.components->radius, scale = 1 / radius > from ? 1 / radius : from;
+      const double step = scale * 0.5 * __builtin_pow(job_.rtol, 0.2);
+      for (int64_t j = 0; j < state_rows_; ++j) state_[j * B<T> + lane] = waiting_[j * B<T> + slot];
+      for (int64_t j = 0; j < rows_; ++j) slopes_[0].rows[j * B<T> + lane] = waiting_slope_.rows[j * B<T> + slot];
+      slopes_[0].scale[p][q] = waiting_slope_.scale[u][v];
+      size2_[p][q] = size2;
+      r_[p][q] = T(from), r_to_[p][q] = T(job_.ends[2][i]);
+      h_[p][q] = T(__builtin_copysign(step < whole ? step : whole, span));
+      active_[p][q] = -1, rejected_[p][q] = 0, steps_[p][q] = 0;
+      row_[lane] = row;
+      return true;
     }
-    if (count > 0) form_.enter(state_, lanes, count, y_);
-    V size[P];
-    form_.squared_size(state_, size);
-    for (int p = 0; p < P; ++p) size_[p] = fresh_[p] ? square_root(size[p] / T(job_.components->d)) : size_[p];
   }
 
-  void select(const I* mask, const T* from, T* to) const {
-    for (int64_t j = 0; j < rows_ * B<T>; j += B<T>)
+  // One column of a state is done; B of them are written together.
+  void settle(const T* state, int lane, int64_t row, int status, int32_t attempts) {
+    const T* from = state + (state_rows_ - rows_) * B<T> + lane;
+    T* to = leaving_ + out_.count;
+    for (int64_t j = 0; j < rows_; ++j) to[j * B<T>] = status == not_finite ? T(__builtin_nan("")) : from[j * B<T>];
+    out_.row[out_.count++] = row;
+    job_.status[row] = int8_t(status), job_.attempts[row] = attempts;
+    job_.evaluations[row] = attempts ? int32_t(same_as_last_ + attempts * (s_ - same_as_last_)) : 0;
+    if (out_.count == B<T>) form_.leave(out_, leaving_, 1.0), out_.count = 0;
+  }
+
+  void select(const I* mask, const Slope<T>& from, Slope<T>& to) const {
+    select(mask, rows_, from.rows, to.rows);
+    for (int p = 0; p < P; ++p) to.scale[p] = mask[p] ? from.scale[p] : to.scale[p];
+  }
+  static void select(const I* mask, int64_t rows, const T* from, T* to) {
+    for (int64_t j = 0; j < rows * B<T>; j += B<T>)
       for (int p = 0; p < P; ++p) at(to + j + p * W<T>) = mask[p] ? at(from + j + p * W<T>) : at(to + j + p * W<T>);
   }
 
-  void first_slope() {
-    const V still[P] = {};
-    form_.field(Stage<T>(state_, T(0), still, nullptr, 0, slopes_), r_, r_, next_);
-    select(fresh_, next_, slopes_[0]);
-    for (int p = 0; p < P; ++p) evaluations_[p] -= fresh_[p], fresh_[p] = I{};
-  }
-
-  // One step of every active lane: next_, error norm.
+  // One step of every active lane: next_, error2_.
   void attempt() {
     const double *nodes = job_.tableau + s_ * s_, *weights = nodes + s_, *errors = weights + s_;
     for (int p = 0; p < P; ++p) {
@@ -123,99 +116,78 @@ class Adaptive {
       const I last = magnitude(h_[p]) >= magnitude(left);
       step_[p] = active_[p] ? (last ? left : h_[p]) : V{};
       r_next_[p] = active_[p] ? (last ? r_to_[p] : r_[p] + step_[p]) : r_[p];
+      size2_next_[p] = size2_[p];
     }
-    for (int64_t j = 1; j < s_; ++j) {
-      Stage<T> stage(state_, T(0), step_, job_.tableau + j * s_, j, slopes_);
-      if (same_as_last_ && j == s_ - 1) stage.store(rows_, next_), stage.base = next_, stage.size = 0;
+    for (int64_t j = same_as_last_; j < s_; ++j) {
       V r[P];
       for (int p = 0; p < P; ++p) r[p] = nodes[j] == 1 ? r_next_[p] : r_[p] + T(nodes[j]) * step_[p];
-      form_.field(stage, r, r, slopes_[j]);
+      if (same_as_last_ && j == s_ - 1) {
+        form_.advance(state_, T(0), Sum<T>(weights, s_, step_, slopes_), next_, size2_next_);
+        form_.evaluate(next_, T(0), Sum<T>(), r, r, slopes_[j]);
+      } else {
+        form_.evaluate(state_, T(0), Sum<T>(job_.tableau + j * s_, j, step_, slopes_), r, r, slopes_[j]);
+      }
     }
-    if (!same_as_last_) Stage<T>(state_, T(0), step_, weights, s_, slopes_).store(rows_, next_);
-    form_.squared_error(Stage<T>(nullptr, T(0), step_, errors, s_, slopes_), error_);
-    form_.squared_size(next_, size_next_);
+    if (!same_as_last_) form_.advance(state_, T(0), Sum<T>(weights, s_, step_, slopes_), next_, size2_next_);
+    form_.measure(Sum<T>(errors, s_, step_, slopes_), error2_);
   }
 
-  // Accepts or rejects, chooses the next step size.
+  // Accepts or rejects, chooses the next step size, settles what has arrived or failed and admits others.
   void decide() {
     const T d = T(job_.components->d);
-    I some_rejected{};
+    I accepted[P], finished[P], reason[P], some_rejected{}, some_finished{};
     for (int p = 0; p < P; ++p) {
-      size_next_[p] = square_root(size_next_[p] / d);
-      const V bound = T(job_.atol) + T(job_.rtol) * larger(size_[p], size_next_[p]);
-      const V error = error_[p] == 0 ? V{} : square_root(error_[p] / d) / bound;
+      const V size = square_root(larger(size2_[p], size2_next_[p]) / d);
+      const V bound = T(job_.atol) + T(job_.rtol) * size;
+      const V error = error2_[p] == 0 ? V{} : square_root(error2_[p] / d) / bound;
       const V held = smaller(larger(error, all(T(1e-30))), all(T(1e30)));
-      V factor = smaller(larger(T(0.9) * inverse_fifth_root<T>(held), all(T(0.2))), all(T(10)));
+      V factor = smaller(larger(T(0.9) * fifth(held), all(T(0.2))), all(T(10)));
       factor = rejected_[p] ? smaller(factor, all(T(1))) : factor;
-      broken_[p] = active_[p] & ~((size_next_[p] - size_next_[p] == 0) & (error - error == 0));
-      accepted_[p] = active_[p] & ~broken_[p] & (error <= 1);
-      rejected_[p] = active_[p] & ~accepted_[p];
+      const I broken = active_[p] & ~((size2_next_[p] - size2_next_[p] == 0) & (error - error == 0));
+      accepted[p] = active_[p] & ~broken & (error <= 1);
+      rejected_[p] = active_[p] & ~accepted[p];
       some_rejected |= rejected_[p];
       steps_[p] -= active_[p];
-      evaluations_[p] -= active_[p] * (decltype(active_[p][0] + 0)(s_) - 1);
       h_[p] = active_[p] ? step_[p] * factor : h_[p];
-      r_[p] = accepted_[p] ? r_next_[p] : r_[p];
-      size_[p] = accepted_[p] ? size_next_[p] : size_[p];
-      fresh_[p] = same_as_last_ ? I{} : accepted_[p];
+      r_[p] = accepted[p] ? r_next_[p] : r_[p];
+      size2_[p] = accepted[p] ? size2_next_[p] : size2_[p];
+      const V left = magnitude(r_to_[p] - r_[p]), h = magnitude(h_[p]);
+      const I arrived = accepted[p] & (r_[p] == r_to_[p]);
+      const I stuck = (h < 4 * Simd<T>::eps * magnitude(r_[p])) & (h < left);
+      finished[p] = active_[p] & (arrived | stuck | broken | (steps_[p] >= job_.max_steps));
+      reason[p] = (broken & not_finite) | (~broken & ~arrived & ((stuck & underflow) | (~stuck & max_steps)));
+      some_finished |= finished[p];
     }
     if (!any(some_rejected)) {  // idle lanes made a step of length zero: theirs may be taken too
       std::swap(state_, next_);
       if (same_as_last_) std::swap(slopes_[0], slopes_[s_ - 1]);
     } else {
-      select(accepted_, next_, state_);
-      if (same_as_last_) select(accepted_, slopes_[s_ - 1], slopes_[0]);
+      select(accepted, state_rows_, next_, state_);
+      if (same_as_last_) select(accepted, slopes_[s_ - 1], slopes_[0]);
     }
-  }
-
-  // Finished lanes stand still until refill() writes them.
-  void retire() {
-    for (int p = 0; p < P; ++p) {
-      const V left = magnitude(r_to_[p] - r_[p]), h = magnitude(h_[p]);
-      const I arrived = accepted_[p] & (r_[p] == r_to_[p]);
-      const I stuck = (h < 4 * Simd<T>::eps * magnitude(r_[p])) & (h < left);
-      const I finished = active_[p] & (arrived | stuck | broken_[p] | (steps_[p] >= job_.max_steps));
-      const I reason = (broken_[p] & 2) | (~broken_[p] & ~arrived & ((stuck & 3) | (~stuck & 1)));
-      status_[p] = finished ? reason : status_[p];
-      active_[p] &= ~finished, fresh_[p] &= ~finished;
-      idle_ -= int(sum_lanes(finished));
-    }
-  }
-
-  void finish() {
-    int lanes[kTile], count = 0;
+    if (!any(some_finished)) return;
     for (int lane = 0; lane < B<T>; ++lane) {
-      if (row_[lane] >= 0 && !active_[lane / W<T>][lane % W<T>]) lanes[count++] = lane;
-      if (count == kTile || (count > 0 && lane == B<T> - 1)) write(lanes, count), count = 0;
-    }
-  }
-
-  void write(const int* lanes, int count) {
-    const int64_t stride = job_.components->stride;
-    for (int l = 0; l < count; ++l) enter_row(job_, row_[lanes[l]], Ends<T>(job_, row_[lanes[l]]), y_ + l * stride);
-    form_.leave(state_, lanes, count, 1.0, y_);
-    for (int l = 0; l < count; ++l) {
-      const int p = lanes[l] / W<T>, q = lanes[l] % W<T>;
-      const int64_t i = row_[lanes[l]];
-      T* y = y_ + l * stride;
-      for (int64_t j = 0; status_[p][q] == 2 && j < stride; ++j) y[j] = T(__builtin_nan(""));
-      leave_row(job_, i, Ends<T>(job_, i), y);
-      job_.status[i] = int8_t(status_[p][q]);
-      job_.attempts[i] = int32_t(steps_[p][q]), job_.evaluations[i] = int32_t(evaluations_[p][q]);
-      row_[lanes[l]] = -1;
+      const int p = lane / W<T>, q = lane % W<T>;
+      if (!finished[p][q]) continue;
+      settle(state_, lane, row_[lane], int(reason[p][q]), int32_t(steps_[p][q]));
+      active_[p][q] = 0;
+      active_count_ -= !admit(lane);
     }
   }
 
   const FlowJob<T>& job_;
   Work& work_;
   Form form_;
-  const int64_t s_, rows_;
-  bool same_as_last_ = false, drained_ = false;
-  int idle_ = B<T>;
-  T *state_, *next_, *y_, *slopes_[kStages];  // (rows, B) each; y_ (kTile, stride)
-  int64_t row_[B<T>];                         // -1: the lane holds nothing
-  V r_[P] = {}, r_to_[P] = {}, r_next_[P], h_[P] = {}, step_[P], size_[P] = {}, size_next_[P], error_[P];
-  I active_[P] = {}, fresh_[P] = {}, rejected_[P] = {}, accepted_[P], broken_[P], status_[P];
-  I steps_[P] = {}, evaluations_[P] = {};
+  const int64_t s_, rows_, state_rows_;
+  bool same_as_last_ = false;
+  int active_count_ = 0;
+  Batch in_, out_;  // the waiting room, of which slot_ rows are taken; what leaves
+  int64_t slot_ = 0, row_[B<T>];
+  T *state_, *next_, *waiting_, *leaving_;
+  Slope<T> slopes_[kStages], waiting_slope_;
+  V waiting_size2_[P], r_[P] = {}, r_to_[P] = {}, r_next_[P], h_[P] = {}, step_[P];
+  V size2_[P] = {}, size2_next_[P], error2_[P];  // squared norms
+  I active_[P] = {}, rejected_[P] = {}, steps_[P] = {};
 };
 
 }  // namespace flowfast::FLOWFAST_ISA
