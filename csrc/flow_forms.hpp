@@ -138,8 +138,7 @@ class FullForm : Gate<T> {
           }
       });
       const int n_live = softmax.weigh(top, flow_window<T>(c_.k), tile_, panel.count, scale, live);
-      if (first > 0) rescale(slope.rows, c_.stride, scale);
-      accumulate(panel, live, n_live, tile_, slope.rows, first == 0);
+      accumulate(panel, live, n_live, tile_, slope.rows, first > 0 ? scale : nullptr);
     }
     for (int p = 0; p < P; ++p) slope.scale[p] = 1 / softmax.sum[p];
   }
@@ -211,12 +210,13 @@ class SpanForm : Gate<T> {
     }
   }
   void leave(const Batch& batch, const T* leaving, double phi) {
+    const Vec<T> one[P] = {all(T(1)), all(T(1))};
     int every[kPanel<T>];
     for (int i = 0; i < kPanel<T>; ++i) every[i] = i;
     for (int64_t j = 0; j < c_.d; j += kChunk) {
       for (int64_t first = 0; first < k_; first += kPanel<T>) {
         const Panel<T> part = columns(panel(first), j);
-        accumulate(part, every, int(part.count), leaving + first * B<T>, chunk_, first == 0);
+        accumulate(part, every, int(part.count), leaving + first * B<T>, chunk_, first > 0 ? one : nullptr);
       }
       this->leave_chunk(batch, j, phi, chunk_);
     }
@@ -301,13 +301,14 @@ class SpanForm : Gate<T> {
   void weigh(const Vec<T>* top_, Slope<T>& slope) const {
     const T window = flow_window_;
     T* weights = slope.rows;  // members are read again after every store to memory
+    const Exp2<T> exp2;
     Vec<T> top[P], sum[P] = {};
     for (int p = 0; p < P; ++p) top[p] = top_[p];
     for (int64_t j = 0; j < k_ * B<T>; j += kRows * B<T>)
 #pragma GCC unroll 8
       for (int i = 0; i < kRows * P; ++i) {
         const Vec<T> value = at(weights + j + i * W<T>) - top[i % P];
-        const Vec<T> weight = exp2<T>(value, ~(value < -window));
+        const Vec<T> weight = exp2(value, ~(value < -window));
         at(weights + j + i * W<T>) = weight;
         sum[i % P] += weight;
       }
