@@ -4,7 +4,7 @@ Every function takes x of shape (..., d), float32 or float64 (bfloat16 and float
 back x's dtype and device. Accuracy against float64, per row and norm-wise: error <= max(1e-10, 64 eps (1 + |m|/std)),
 eps that of the dtype computed in, for any x, also half-way between means, and for any std down to 1e-8; see
 tests/tolerances.py. Gradients reach x through the compiled kernels; when the mixture's own means, weights or std
-require grad the reference computes instead (slower, memory n k).
+require grad, in forward mode and within torch.func's derivatives the reference computes instead (slower, memory n k).
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _pointwise(
     dtype = working_dtype(x.dtype)
     rows = rows if rows.dtype == dtype else rows.to(dtype)
     if alpha is None or std is None:
-        alpha, std = _ONE.to(x.device), mixture.std.to(x.device, torch.float64)
+        alpha = _ONE if x.is_cpu else _ONE.to(x.device)
+        std = mixture.std.to(x.device, torch.float64)
     else:
         alpha, std = _flat(alpha, x), _flat(std, x)
     means, log_weights = mixture.means, mixture.log_weights_in(dtype)
@@ -159,14 +160,14 @@ def _pointwise(
     if v is not None:
         tensors.insert(1, v.reshape(rows.shape).to(dtype))
     name = choose(backend, x.device)
-    own = any(tensor.requires_grad for tensor in tensors[-4:])  # the mixture's or the times' own gradients
+    own = means.requires_grad or log_weights.requires_grad or alpha.requires_grad or std.requires_grad
     beyond = op == "covariance_trace" and x.requires_grad
-    if name == "reference" or own or beyond:
-        out: Tensor = getattr(reference, op)(*tensors)
+    if name == "reference" or own or beyond or operators.need_reference():
+        result: Tensor = getattr(reference, op)(*tensors)
     else:
-        out = operators.call(op, name, tensors)
-    out = out if x.ndim == 2 else out.reshape(x.shape[:-1] + out.shape[1:])
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+        result = operators.call(op, name, tensors)
+    result = result if x.ndim == 2 else result.reshape(x.shape[:-1] + result.shape[1:])
+    return result if result.dtype == x.dtype else result.to(x.dtype)
 
 
 def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
@@ -181,7 +182,8 @@ def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
         raise ValueError(f"x must have shape (..., {mixture.dim}), as the mixture's means; got {tuple(x.shape)}")
     if x.device != mixture.device:
         raise ValueError(f"x is on {x.device}, the mixture on {mixture.device}: move one, e.g. mixture.to(x.device)")
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows.resolve_neg()  # kernels read the memory, where a lazy negation is not done yet
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
