@@ -135,9 +135,15 @@ def covariance_trace(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tenso
     return _posterior("covariance_trace", x.new_empty(x.shape[0]), x, means, log_weights, alpha, std)
 
 
-def posterior_weights(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
-    """Posterior weights (responsibilities) of the components, (n, k)."""
-    out = x.new_empty(x.shape[0], means.shape[0])
+def posterior_weights(
+    x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Posterior weights (responsibilities) of the components, (n, k), written to `out` where it is given."""
+    n, k = x.shape[0], means.shape[0]
+    if out is None:
+        out = x.new_empty(n, k)
+    else:
+        _address("out", out, x.dtype, (n, k))
     return _posterior("posterior_weights", out, x, means, log_weights, alpha, std)
 
 

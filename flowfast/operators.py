@@ -66,13 +66,25 @@ OPERATORS = {
 }
 
 
-def call(op: str, backend: str, tensors: list[Tensor]) -> Tensor:
-    """Run operator `op` on tensors of one device; `backend` is "cpp" or "triton" (interpreted on CPU tensors)."""
+def call(op: str, backend: str, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Run operator `op` on tensors of one device; `backend` is "cpp" or "triton" (interpreted on CPU tensors).
+
+    The result may be written to `out` (contiguous, of its shape and dtype), or is another tensor: the caller looks.
+    """
     if backend == "cpp" and _unseen(tensors):
-        return getattr(_cpp, op)(*tensors)  # type: ignore[no-any-return]
+        body = getattr(_cpp, op)
+        if out is None or not _unseen([out]) or any(_share_memory(out, tensor) for tensor in tensors):
+            return body(*tensors)  # type: ignore[no-any-return]
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # as every operation in place does
+        return body(*tensors, out=out)  # type: ignore[no-any-return]
     if backend == "triton" and tensors[0].device.type == "cpu":
         return getattr(backends.body(backend), op)(*(tensor.contiguous() for tensor in tensors))  # type: ignore[no-any-return]
     return OPERATORS[op](*tensors)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _unseen(tensors: list[Tensor]) -> bool:
