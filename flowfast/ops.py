@@ -32,7 +32,7 @@ def posterior_weights(
     Args:
         x: points (..., d). mixture: of k components in dimension d. backend: "auto", "cpp", "triton" or "reference".
         out: receives the result and is returned: (..., k), contiguous, of x's dtype and device, without gradient. In a
-            loop this saves the allocation, which costs more than the arithmetic for large results.
+            loop this spares fresh memory, a good part of the time where the result is large.
 
     Returns:
         (..., k), non-negative, rows sum to one; `softmax_k(log w_k - |x - m_k|^2 / (2 std^2))`.
@@ -168,6 +168,7 @@ def _pointwise(
     if v is not None:
         tensors.insert(1, v.reshape(rows.shape).to(dtype))
     name = choose(backend, x.device)
+    # the mixture's or the times' own gradients
     own = means.requires_grad or log_weights.requires_grad or alpha.requires_grad or std.requires_grad
     beyond = op == "covariance_trace" and x.requires_grad
     if name == "reference" or own or beyond or operators.need_reference():
