@@ -115,8 +115,10 @@ def need_reference() -> bool:
     """Whether a derivative is being taken that custom operators refuse or lose: forward mode, or one of torch.func."""
     if torch.compiler.is_compiling():
         return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return forward_ad._current_level >= 0 or any(level.key() == TransformType.Grad for level in levels)
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack()
+    return levels is not None and any(level.key() == TransformType.Grad for level in levels)
 
 
 def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], args: _Saved) -> tuple[Tensor, int]:
