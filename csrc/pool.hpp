@@ -28,15 +28,12 @@ class Arena {
   void* take(size_t bytes);
 
  private:
-  struct Release {
-    void operator()(void* block) const;
-  };
-  std::vector<std::unique_ptr<void, Release>> blocks_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
 };
 
 // Runs body(worker) for worker = 0 .. workers - 1, on as many threads as that but no more than the CPUs the process may
-// use (affinity and cgroup quota); the caller is one of them. Nested or concurrent calls run all on the caller.
-// Rethrows the first exception a worker threw.
+// use (affinity and cgroup quota); the caller is one of them, and does what the others have not begun when it is done
+// with its own. Nested or concurrent calls run all on the caller. Rethrows the first exception a worker threw.
 void run_workers(int workers, const std::function<void(int)>& body);
 
 // CPUs that the quota of a cgroup (v2, or v1 at the root) leaves, rounded up; kManyCpus without a quota.

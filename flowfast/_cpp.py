@@ -69,11 +69,16 @@ def _address(name: str, tensor: Tensor, dtype: torch.dtype, *shapes: tuple[int, 
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {dtype}: convert it with .to({dtype})")
     if tensor.shape not in shapes:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: got a strided or {tensor.device} tensor, expected contiguous on the CPU: .contiguous()"
         )
-    return tensor.data_ptr()
+    if tensor.is_neg():
+        raise ValueError(f"{name}: got a lazily negated tensor, expected its values in memory: .resolve_neg()")
+    address: int = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"{name}: got a wrapper without memory of its own, expected a plain tensor on the CPU")
+    return address
 
 
 def _mixture(means: Tensor, log_weights: Tensor, dtype: torch.dtype, d: int) -> tuple[int, int, int]:
@@ -130,9 +135,15 @@ def covariance_trace(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tenso
     return _posterior("covariance_trace", x.new_empty(x.shape[0]), x, means, log_weights, alpha, std)
 
 
-def posterior_weights(x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
-    """Posterior weights (responsibilities) of the components, (n, k)."""
-    out = x.new_empty(x.shape[0], means.shape[0])
+def posterior_weights(
+    x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Posterior weights (responsibilities) of the components, (n, k), written to `out` where it is given."""
+    n, k = x.shape[0], means.shape[0]
+    if out is None:
+        out = x.new_empty(n, k)
+    else:
+        _address("out", out, x.dtype, (n, k))
     return _posterior("posterior_weights", out, x, means, log_weights, alpha, std)
 
 

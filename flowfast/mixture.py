@@ -145,12 +145,18 @@ class GaussianMixture:
         return self.log_weights.exp().to(self.means.dtype)
 
     def log_weights_in(self, dtype: torch.dtype) -> Tensor:
-        """log_weights (k,) cast to `dtype`; the cast is kept unless they require grad."""
-        if self.log_weights.requires_grad or dtype == self.log_weights.dtype:
-            return self.log_weights.to(dtype)
-        if dtype not in self._casts:
-            self._casts[dtype] = self.log_weights.to(dtype)
-        return self._casts[dtype]
+        """log_weights (k,) cast to `dtype`; the cast is kept if it serves everywhere.
+
+        That is, unless it requires grad, was made while compiling or in inference mode, or is of a subclass (fake).
+        """
+        kept = self._casts.get(dtype)
+        if kept is not None:
+            return kept
+        cast = self.log_weights.to(dtype)
+        if torch.compiler.is_compiling() or type(cast) is not Tensor or cast.requires_grad or cast.is_inference():
+            return cast
+        self._casts[dtype] = cast
+        return cast
 
     @property
     def n_components(self) -> int:
@@ -201,7 +207,9 @@ class GaussianMixture:
         name = backends.choose(backend, self.device)
         if name not in self._diameters or self.means.requires_grad:
             means = self.means.detach().to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-            self._diameters[name] = float(backends.serve(name, means.device, "diameter").diameter(means.contiguous()))
+            self._diameters[name] = float(
+                backends.serve(name, means.device, "diameter").diameter(means.resolve_neg().contiguous())
+            )
         return self._diameters[name]
 
     def __repr__(self) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
-from flowfast import backends
+from flowfast import _cpp, backends
 
 _Saved = tuple[Tensor, ...]
 
@@ -64,11 +66,59 @@ OPERATORS = {
 }
 
 
-def call(op: str, backend: str, tensors: list[Tensor]) -> Tensor:
-    """Run operator `op` on tensors of one device; `backend` is "cpp" or "triton" (interpreted on CPU tensors)."""
+def call(op: str, backend: str, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Run operator `op` on tensors of one device; `backend` is "cpp" or "triton" (interpreted on CPU tensors).
+
+    The result may be written to `out` (contiguous, of its shape and dtype), or is another tensor: the caller looks.
+    """
+    if backend == "cpp" and _unseen(tensors):
+        body = getattr(_cpp, op)
+        if out is None or not _unseen([out]) or any(_share_memory(out, tensor) for tensor in tensors):
+            return body(*tensors)  # type: ignore[no-any-return]
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # as every operation in place does
+        return body(*tensors, out=out)  # type: ignore[no-any-return]
     if backend == "triton" and tensors[0].device.type == "cpu":
         return getattr(backends.body(backend), op)(*(tensor.contiguous() for tensor in tensors))  # type: ignore[no-any-return]
     return OPERATORS[op](*tensors)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _unseen(tensors: list[Tensor]) -> bool:
+    """Whether nothing could tell a call of the C++ body from one of the operator, which takes five times as long.
+
+    That is: no compiler, tracer, transform, mode or profiler is at work, and the tensors are plain, ready to be read
+    by address and in need of no gradient.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or (grad and tensor.requires_grad):
+            return False
+        if tensor.is_neg() or not tensor.is_contiguous():
+            return False
+    return True
+
+
+def need_reference() -> bool:
+    """Whether a derivative is being taken that custom operators refuse or lose: forward mode, or one of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack()
+    return levels is not None and any(level.key() == TransformType.Grad for level in levels)
 
 
 def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], args: _Saved) -> tuple[Tensor, int]:

@@ -4,7 +4,7 @@ Every function takes x of shape (..., d), float32 or float64 (bfloat16 and float
 back x's dtype and device. Accuracy against float64, per row and norm-wise: error <= max(1e-10, 64 eps (1 + |m|/std)),
 eps that of the dtype computed in, for any x, also half-way between means, and for any std down to 1e-8; see
 tests/tolerances.py. Gradients reach x through the compiled kernels; when the mixture's own means, weights or std
-require grad the reference computes instead (slower, memory n k).
+require grad, in forward mode and within torch.func's derivatives the reference computes instead (slower, memory n k).
 """
 
 from __future__ import annotations
@@ -24,21 +24,29 @@ BoundKind = Literal["trace", "global", "exact"]
 _ONE = torch.ones((), dtype=torch.float64)  # alpha of a mixture that is taken as it is
 
 
-def posterior_weights(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
+def posterior_weights(
+    x: Tensor, mixture: GaussianMixture, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Posterior probabilities of the components given x, also called responsibilities.
 
     Args:
         x: points (..., d). mixture: of k components in dimension d. backend: "auto", "cpp", "triton" or "reference".
+        out: receives the result and is returned: (..., k), contiguous, of x's dtype and device, without gradient. In a
+            loop this spares fresh memory, a good part of the time where the result is large.
 
     Returns:
         (..., k), non-negative, rows sum to one; `softmax_k(log w_k - |x - m_k|^2 / (2 std^2))`.
 
     Raises:
-        TypeError, ValueError: x is no floating tensor, has another last dimension or device, or the backend is missing.
+        TypeError, ValueError: x is no floating tensor, has another last dimension or device, or the backend is missing;
+            out is not as above, or given where a gradient is wanted.
 
     Source: arXiv 2606.03820, Proposition 1.
     """
-    return _pointwise("posterior_weights", x, mixture, backend)
+    if out is not None:
+        check_points(x, mixture)
+        _check_out(out, (*x.shape[:-1], mixture.n_components), x, mixture)
+    return _pointwise("posterior_weights", x, mixture, backend, out=out)
 
 
 def log_density(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
@@ -145,13 +153,14 @@ def velocity(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, 
 
 def _pointwise(
     op: str, x: Tensor, mixture: GaussianMixture, backend: str, v: Tensor | None = None,
-    alpha: Tensor | None = None, std: Tensor | None = None,
+    alpha: Tensor | None = None, std: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows = check_points(x, mixture)
     dtype = working_dtype(x.dtype)
     rows = rows if rows.dtype == dtype else rows.to(dtype)
     if alpha is None or std is None:
-        alpha, std = _ONE.to(x.device), mixture.std.to(x.device, torch.float64)
+        alpha = _ONE if x.is_cpu else _ONE.to(x.device)
+        std = mixture.std.to(x.device, torch.float64)
     else:
         alpha, std = _flat(alpha, x), _flat(std, x)
     means, log_weights = mixture.means, mixture.log_weights_in(dtype)
@@ -159,14 +168,22 @@ def _pointwise(
     if v is not None:
         tensors.insert(1, v.reshape(rows.shape).to(dtype))
     name = choose(backend, x.device)
-    own = any(tensor.requires_grad for tensor in tensors[-4:])  # the mixture's or the times' own gradients
+    # the mixture's or the times' own gradients
+    own = means.requires_grad or log_weights.requires_grad or alpha.requires_grad or std.requires_grad
     beyond = op == "covariance_trace" and x.requires_grad
-    if name == "reference" or own or beyond:
-        out: Tensor = getattr(reference, op)(*tensors)
+    if name == "reference" or own or beyond or operators.need_reference():
+        result: Tensor = getattr(reference, op)(*tensors)
+    elif out is None or out.dtype != dtype:
+        result = operators.call(op, name, tensors)
     else:
-        out = operators.call(op, name, tensors)
-    out = out if x.ndim == 2 else out.reshape(x.shape[:-1] + out.shape[1:])
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+        out_rows = out.view(rows.shape[0], out.shape[-1])
+        result = operators.call(op, name, tensors, out_rows)
+        if result is out_rows:
+            return out
+    result = result if x.ndim == 2 else result.reshape(x.shape[:-1] + result.shape[1:])
+    if out is not None:
+        return out.copy_(result)
+    return result if result.dtype == x.dtype else result.to(x.dtype)
 
 
 def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
@@ -181,7 +198,21 @@ def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
         raise ValueError(f"x must have shape (..., {mixture.dim}), as the mixture's means; got {tuple(x.shape)}")
     if x.device != mixture.device:
         raise ValueError(f"x is on {x.device}, the mixture on {mixture.device}: move one, e.g. mixture.to(x.device)")
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows.resolve_neg()  # kernels read the memory, where a lazy negation is not done yet
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, mixture: GaussianMixture) -> None:
+    """Refuse a tensor that cannot take a result of this shape as it is, or that would lose a gradient."""
+    expected = f"contiguous {shape} {x.dtype} {x.device}"
+    if not isinstance(out, Tensor):
+        raise ValueError(f"out must be a tensor, {expected}; got {type(out).__name__}")
+    if out.shape != shape or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else "strided"
+        raise ValueError(f"out must be {expected}; got {layout} {tuple(out.shape)} {out.dtype} {out.device}")
+    own = any(tensor.requires_grad for tensor in (x, mixture.means, mixture.log_weights, mixture.std))
+    if out.requires_grad or (own and torch.is_grad_enabled()):
+        raise ValueError("out takes no gradient: call under torch.no_grad() with an out of its own, or leave it out")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

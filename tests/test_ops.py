@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from problems import BACKENDS
@@ -140,6 +142,60 @@ def test_operators_refuse_silent_gradients() -> None:
     out = operators.OPERATORS["score"](_points(2, 5), means, mixture.log_weights, one, one)
     with pytest.raises(ValueError, match="carry gradients to points only"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_go_to_out(backend: str, dtype: torch.dtype) -> None:
+    mixture = _mixture(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for shape in ((3, 4), (7,), (), (0,)):
+        x = _points(*shape, 5, dtype=dtype)
+        exact = flowfast.posterior_weights(x, mixture, backend=backend)
+        out = torch.full_like(exact, float("nan"))
+        address, version = out.data_ptr(), out._version
+        assert flowfast.posterior_weights(x, mixture, out=out, backend=backend) is out
+        assert out.equal(exact) and out.data_ptr() == address and out._version > version
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_may_overlap_what_is_read(backend: str) -> None:
+    mixture, memory = _mixture(k=5), _points(901, 5)
+    x, out = memory[:900], memory[1:]
+    exact = flowfast.posterior_weights(x.clone(), mixture, backend=backend)
+    assert flowfast.posterior_weights(x, mixture, out=out, backend=backend).equal(exact)
+
+
+def test_out_is_written_without_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, x = _mixture(), _points(8, 5)
+    out, exact = x.new_empty(8, 6), flowfast.posterior_weights(x, mixture)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: pytest.fail("a fresh result was allocated"))
+    assert flowfast.posterior_weights(x, mixture, out=out).equal(exact)
+
+
+def test_out_is_refused_unless_it_fits() -> None:
+    mixture, x = _mixture(), _points(8, 5)
+    weights = functools.partial(flowfast.posterior_weights, x, mixture)
+    good = x.new_empty(8, 6)
+    for wrong in (good[:7], good.float(), good.to("meta"), x.new_empty(6, 8).T, x.new_empty(8, 12)[:, ::2], [1.0]):
+        with pytest.raises(ValueError, match="out must be"):
+            weights(out=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="out takes no gradient"):
+        weights(out=good.clone().requires_grad_())
+    points, std = x.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    for arguments in ((points, mixture), (x, GaussianMixture(mixture.means, std))):
+        with pytest.raises(ValueError, match="out takes no gradient"):
+            flowfast.posterior_weights(*arguments, out=good)
+        with torch.no_grad():
+            assert flowfast.posterior_weights(*arguments, out=good).equal(flowfast.posterior_weights(*arguments))
+
+
+def test_out_within_a_compiled_function() -> None:
+    mixture, x = _mixture(), _points(8, 5)
+    out = x.new_empty(8, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(flowfast.posterior_weights, fullgraph=True, backend="aot_eager")
+    compiled(x, mixture, out=out)
+    assert out.equal(flowfast.posterior_weights(x, mixture))
 
 
 def test_compile_and_vmap() -> None:

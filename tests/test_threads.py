@@ -7,6 +7,7 @@ workers 100 times per start method instead of a few.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -126,6 +127,17 @@ def count_threads() -> None:
     assert time.process_time() - start < 0.02, "idle threads use the CPU"
 
 
+def exit_after_fork() -> None:
+    """A forked child works with threads of its own and exits the ordinary way, which joins them and no others."""
+    want = pooled()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+    assert pooled() == want
+    if child != 0:
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def call_at_once() -> None:
     """Four Python threads, each with its own input."""
     torch.set_num_threads(2)
@@ -158,6 +170,10 @@ def test_data_loader_workers(method: str) -> None:
 @pytest.mark.parametrize("case", ["same_bits", "call_at_once"])
 def test_bits(case: str) -> None:
     alone(f"t.{case}()")
+
+
+def test_a_forked_child_exits() -> None:
+    alone("t.exit_after_fork()")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are counted in /proc")
