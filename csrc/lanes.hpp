@@ -4,26 +4,53 @@
 
 namespace flowfast::FLOWFAST_ISA {
 
-// a and b with their off-diagonal squares of S x S exchanged
-template <class T, int S, int... I>
-inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
-  const Vec<T> low = a, high = b;
+// a, b <- numbers of both, chosen by index: i from a, W + i from b
+template <class T, int... I>
+inline Vec<T> pick(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  a = __builtin_shufflevector(low, high, (I & S ? W<T> + I - S : I)...);
-  b = __builtin_shufflevector(low, high, (I & S ? W<T> + I : I + S)...);
+  return __builtin_shufflevector(a, b, I...);
 #else
-  a = __builtin_shuffle(low, high, Int<T>{(I & S ? W<T> + I - S : I)...});
-  b = __builtin_shuffle(low, high, Int<T>{(I & S ? W<T> + I : I + S)...});
+  return __builtin_shuffle(a, b, Int<T>{I...});
 #endif
 }
 
-// W registers transposed in place
-template <class T, int S = 1>
+// Within 128 bits: runs of S numbers of a and b in turn, a <- from the first halves, b <- from the second.
+template <class T, int S, int... I>
+inline void interleave(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int lane = 16 / sizeof(T);
+  const Vec<T> c = a, d = b;
+  a = pick<T>(c, d,
+              std::integer_sequence<int, (I / lane * lane + I % lane / S / 2 * S + I % S + I / S % 2 * W<T>)...>{});
+  b = pick<T>(
+      c, d,
+      std::integer_sequence<int, (I / lane * lane + lane / 2 + I % lane / S / 2 * S + I % S + I / S % 2 * W<T>)...>{});
+}
+
+// Whole 128 bits: a <- the even ones of a and of b, b <- the odd ones.
+template <class T, int... I>
+inline void separate(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int lane = 16 / sizeof(T), half = W<T> / 2;
+  const Vec<T> c = a, d = b;
+  a = pick<T>(c, d, std::integer_sequence<int, (I % half / lane * 2 * lane + I % lane + I / half * W<T>)...>{});
+  b = pick<T>(c, d, std::integer_sequence<int, (I % half / lane * 2 * lane + lane + I % lane + I / half * W<T>)...>{});
+}
+
+// W registers transposed in place: first the squares inside 128 bits, then the 128 bits
+template <class T>
 inline void transpose(Vec<T>* v) {
-  if constexpr (S < W<T>) {
-    for (int i = 0; i < W<T>; ++i)
-      if (!(i & S)) exchange<T, S>(v[i], v[i + S], std::make_integer_sequence<int, W<T>>{});
-    transpose<T, 2 * S>(v);
+  constexpr int lane = 16 / sizeof(T), lanes = W<T> / lane;
+  constexpr auto all = std::make_integer_sequence<int, W<T>>{};
+  for (int i = 0; i < W<T>; i += 2) interleave<T, 1>(v[i], v[i + 1], all);
+  for (int i = 0; lane == 4 && i < W<T>; i += 4) {
+    std::swap(v[i + 1], v[i + 2]);
+    interleave<T, 2>(v[i], v[i + 1], all), interleave<T, 2>(v[i + 2], v[i + 3], all);
+  }
+  for (int i = 0; i < lane; ++i) {
+    Vec<T>*a = v + i, *b = a + lane, *c = b + lane, *d = c + lane;
+    if (lanes > 1) separate<T>(*a, *b, all);
+    if (lanes < 4) continue;
+    separate<T>(*c, *d, all), std::swap(*b, *c);
+    separate<T>(*a, *b, all), separate<T>(*c, *d, all), std::swap(*b, *c);
   }
 }
 
@@ -50,12 +77,13 @@ inline void lanes_to_rows(const T* lanes, int64_t width, int64_t count, T* const
       Vec<T> v[W<T>];
       for (int i = 0; i < W<T>; ++i) v[i] = at(lanes + (j + i) * B<T> + start);
       transpose<T>(v);
-      if (start + W<T> <= count && j + W<T> <= width) {
-        for (int i = 0; i < W<T>; ++i)
-          past_caches ? stream_to(&at(rows[start + i] + j), v[i]) : store(v[i], rows[start + i] + j);
-      } else {
-        for (int64_t i = 0; i < W<T> && start + i < count; ++i) store(v[i], rows[start + i] + j, width - j);
-      }
+      T* const* to = rows + start;
+      if (start + W<T> > count || j + W<T> > width)
+        for (int64_t i = 0; i < W<T> && start + i < count; ++i) store(v[i], to[i] + j, width - j);
+      else if (past_caches)
+        for (int i = 0; i < W<T>; ++i) stream_to(&at(to[i] + j), v[i]);
+      else
+        for (int i = 0; i < W<T>; ++i) store(v[i], to[i] + j);
     }
 }
 

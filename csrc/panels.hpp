@@ -26,26 +26,20 @@ struct Panel {
 inline int64_t row_offset(int64_t k, int64_t width) { return k / kRows * kRows * width + k % kRows; }
 
 // a0 b0 a1 b1 ...: the first or the second half
-template <class T, int... I>
-inline Vec<T> zip(const Vec<T>& a, const Vec<T>& b, bool second, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return second ? __builtin_shufflevector(a, b, ((I + W<T>) / 2 + I % 2 * W<T>)...)
-                : __builtin_shufflevector(a, b, (I / 2 + I % 2 * W<T>)...);
-#else
-  return second ? __builtin_shuffle(a, b, Int<T>{((I + W<T>) / 2 + I % 2 * W<T>)...})
-                : __builtin_shuffle(a, b, Int<T>{(I / 2 + I % 2 * W<T>)...});
-#endif
+template <class T, bool second, int... I>
+inline Vec<T> zip(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, I...>) {
+  return pick<T>(a, b, std::integer_sequence<int, ((I + second * W<T>) / 2 + I % 2 * W<T>)...>{});
 }
 
 // to (W, kRows) <- the registers of kRows rows, column by column
 template <class T>
 inline void zip_rows(const Vec<T>* row, T* to) {
   constexpr auto lanes = std::make_integer_sequence<int, W<T>>{};
-  for (int half = 0; half < 2; ++half) {
-    const Vec<T> even = zip<T>(row[0], row[2], half, lanes), odd = zip<T>(row[1], row[3], half, lanes);
-    at(to + 2 * half * W<T>) = zip<T>(even, odd, false, lanes);
-    at(to + (2 * half + 1) * W<T>) = zip<T>(even, odd, true, lanes);
-  }
+  const auto put = [&](const Vec<T>& even, const Vec<T>& odd, T* at_to) {
+    at(at_to) = zip<T, false>(even, odd, lanes), at(at_to + W<T>) = zip<T, true>(even, odd, lanes);
+  };
+  put(zip<T, false>(row[0], row[2], lanes), zip<T, false>(row[1], row[3], lanes), to);
+  put(zip<T, true>(row[0], row[2], lanes), zip<T, true>(row[1], row[3], lanes), to + 2 * W<T>);
 }
 
 template <class T>

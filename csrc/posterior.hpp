@@ -44,11 +44,14 @@ struct Block {
   T *points, *directions, *mean, *through;  // (stride, B) x - alpha center; v; sum e_k m_k; sum e_k (m_k.v) m_k
   const T *x[B<T>], *v[B<T>];               // the rows; those beyond the last repeat it
   double alpha[B<T>], std[B<T>];
-  Vec<T> ratio[P], rate[P], gain[P], square[P];  // alpha, 1 / std, alpha / std^2 / ln 2, |x - alpha center|^2
+  alignas(kVectorBytes) T ratio[B<T>], rest[B<T>], rate[B<T>],
+      gain[B<T>];    // alpha = ratio + rest, 1 / std, alpha / std^2 / ln 2
+  Vec<T> square[P];  // |x - alpha center|^2
   Softmax<T> softmax;
   Largest<T> largest;
   Vec<T> second[P], along[P];  // sum e_k |m_k|^2 / 2; sum e_k m_k.v
   int64_t begin, count;
+  bool used;
 };
 
 // Asks for rows (count, d) while the arithmetic goes on: a block's rows are too many streams for the hardware.
@@ -69,11 +72,11 @@ struct Scratch {
         sums(take<double>(arena, 2 * c.d + c.k)) {}
 };
 
-// row - (alpha + rest) center, columns j .. j + W - 1: error u |result|, by fused products where there are any
+// row - (alpha + rest) center (W,): error u |result|, by fused products where there are any
 template <class T>
-inline Vec<T> centred_row(const Components<T>& c, T alpha, T rest, int64_t j, Vec<T> row) {
-  if constexpr (kFused) return (row - alpha * at(c.center + j)) - rest * at(c.center + j);
-  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - (double(alpha) + double(rest)) * double(c.center[j + l]));
+inline Vec<T> centred_row(const T* center, T alpha, T rest, Vec<T> row) {
+  if constexpr (kFused) return (row - alpha * at(center)) - rest * at(center);
+  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - (double(alpha) + double(rest)) * double(center[l]));
   return row;
 }
 
@@ -81,29 +84,27 @@ template <class T>
 void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T>& b) {
   const Components<T>& c = *job.components;
   b.begin = begin, b.count = end - begin < B<T> ? end - begin : B<T>;
-  alignas(kVectorBytes) T ratio[B<T>], rest[B<T>], rate[B<T>], gain[B<T>];
   for (int lane = 0; lane < B<T>; ++lane) {
     const int64_t i = begin + (lane < b.count ? lane : b.count - 1);
     b.x[lane] = job.x + i * c.d, b.v[lane] = job.v ? job.v + i * c.d : nullptr;
     b.alpha[lane] = job.alpha[i * job.alpha_step], b.std[lane] = job.std[i * job.std_step];
   }
-  for (int lane = 0; lane < B<T>; ++lane) {
-    ratio[lane] = T(b.alpha[lane]), rest[lane] = T(b.alpha[lane] - double(ratio[lane])),
-    rate[lane] = T(1 / b.std[lane]);
-    gain[lane] = T(kLog2e * b.alpha[lane] / (b.std[lane] * b.std[lane]));
+  for (int lane = 0; lane < B<T> && (job.alpha_step || job.std_step || !b.used); ++lane) {
+    b.ratio[lane] = T(b.alpha[lane]), b.rest[lane] = T(b.alpha[lane] - double(b.ratio[lane]));
+    b.rate[lane] = T(1 / b.std[lane]), b.gain[lane] = T(kLog2e * b.alpha[lane] / (b.std[lane] * b.std[lane]));
   }
-  for (int p = 0; p < P; ++p)
-    b.ratio[p] = at(ratio + p * W<T>), b.rate[p] = at(rate + p * W<T>), b.gain[p] = at(gain + p * W<T>);
-  rows_to_lanes(b.x, c.d, b.points,
-                [&](int l, int64_t j, Vec<T> row) { return centred_row(c, ratio[l], rest[l], j, row); });
+  rows_to_lanes(b.x, c.d, b.points, [center = c.center, alpha = b.ratio, rest = b.rest](int l, int64_t j, Vec<T> row) {
+    return centred_row(center + j, alpha[l], rest[l], row);
+  });
   if (job.output == Output::hvp) rows_to_lanes(b.v, c.d, b.directions, [](int, int64_t, Vec<T> row) { return row; });
   Vec<T> sum[kRows][P] = {};
+  const T* points = b.points;
   for (int64_t j = 0; j < c.stride; j += kRows)
     for (int i = 0; i < kRows * P; ++i) {
-      const Vec<T> value = at(b.points + j * B<T> + i * W<T>);
+      const Vec<T> value = at(points + j * B<T> + i * W<T>);
       sum[i / P][i % P] += value * value;
     }
-  b.softmax = Softmax<T>(), b.largest = Largest<T>();
+  b.softmax = Softmax<T>(), b.largest = Largest<T>(), b.used = true;
   for (int p = 0; p < P; ++p) {
     b.square[p] = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
     b.second[p] = b.along[p] = Vec<T>{};
@@ -122,7 +123,7 @@ void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, cons
       const Vec<T> half_norm = all(panel.half_norms[k + t]), log_weight = all(panel.log_weights[k + t]);
       const Int<T> here = Int<T>{} + Index<T>(panel.first + k + t);
       for (int p = 0; p < P; ++p) {
-        const Vec<T> logit = b.gain[p] * (tile[t][p] - b.ratio[p] * half_norm) + log_weight;
+        const Vec<T> logit = at(b.gain + p * W<T>) * (tile[t][p] - at(b.ratio + p * W<T>) * half_norm) + log_weight;
         now.leader[p] = logit > now.first[p] ? here : now.leader[p];
         now.second[p] = larger(smaller(logit, now.first[p]), now.second[p]);
         now.first[p] = larger(logit, now.first[p]);
@@ -155,30 +156,33 @@ void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, cons
 // of nearly equal numbers.
 template <Output output, class T>
 void finish_columns(const Components<T>& c, double radius, const Vec<T>* allow, const Block<T>& b, Int<T>* again) {
-  Vec<T> share[P], inverse[P], along[P], ratio[P], curvature[P], gap2[P];
   for (int p = 0; p < P; ++p) {
-    share[p] = 1 / b.softmax.sum[p], inverse[p] = b.rate[p] * b.rate[p], along[p] = b.along[p] * share[p];
-    ratio[p] = b.ratio[p] * share[p], curvature[p] = b.ratio[p] * b.ratio[p] * inverse[p] * inverse[p],
-    gap2[p] = Vec<T>{};
-  }
-  for (int64_t j = 0; j < c.d; ++j)
-    for (int p = 0; p < P; ++p) {
-      const int64_t from = j * B<T> + p * W<T>;
-      Vec<T>& mean = at(b.mean + from);
-      if constexpr (output == Output::score) {
-        const Vec<T> gap = ratio[p] * mean - at(b.points + from);
-        gap2[p] += gap * gap;
-        mean = gap * inverse[p];
-      } else if constexpr (output == Output::posterior_mean) {
-        mean = mean * share[p] + c.center[j];
-      } else {
-        mean *= share[p];
-        mean =
-            curvature[p] * (at(b.through + from) * share[p] - along[p] * mean) - at(b.directions + from) * inverse[p];
+    const Vec<T> share = 1 / b.softmax.sum[p], rate = at(b.rate + p * W<T>), inverse = rate * rate;
+    const Vec<T> alpha = at(b.ratio + p * W<T>), ratio = alpha * share, along = b.along[p] * share;
+    const Vec<T> curvature = alpha * inverse * alpha * inverse;
+    Vec<T> gap2[kRows] = {};
+    T *const means = b.mean, *const points = b.points;  // what is read through a reference is read at every turn
+    for (int64_t j = 0, stride = c.stride; j < stride; j += kRows)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t from = (j + i) * B<T> + p * W<T>;
+        Vec<T>& mean = at(means + from);
+        if constexpr (output == Output::score) {
+          const Vec<T> gap = ratio * mean - at(points + from);
+          gap2[i] += gap * gap;
+          mean = gap * inverse;
+        } else if constexpr (output == Output::posterior_mean) {
+          mean = mean * share + c.center[j + i];
+        } else {
+          mean *= share;
+          mean = curvature * (at(b.through + from) * share - along * mean) - at(b.directions + from) * inverse;
+        }
       }
+    if constexpr (output == Output::score) {
+      const Vec<T> reach2 = alpha * alpha * T(radius * radius) + b.square[p];
+      again[p] |= ~(32 * reach2 <= allow[p] * allow[p] * ((gap2[0] + gap2[1]) + (gap2[2] + gap2[3])));
     }
-  for (int p = 0; output == Output::score && p < P; ++p)
-    again[p] |= ~(32 * (b.ratio[p] * b.ratio[p] * T(radius * radius) + b.square[p]) <= allow[p] * allow[p] * gap2[p]);
+  }
 }
 
 // Writes what the pass gives; marks the lanes in which it is a difference of nearly equal numbers.
@@ -200,7 +204,8 @@ void write_block(const PosteriorJob<T>& job, double radius, const Vec<T>* allow,
         norm2 += mean * mean;
       }
       const Vec<T> trace = 2 * share * b.second[p] - norm2,
-                   noise = 1 / (b.ratio[p] * b.rate[p] * b.ratio[p] * b.rate[p]);
+                   noise = 1 / (at(b.ratio + p * W<T>) * at(b.rate + p * W<T>) * at(b.ratio + p * W<T>) *
+                                at(b.rate + p * W<T>));
       again[p] |= ~(8 * T(radius * radius) <= allow[p] * (trace + noise));
       if (b.count > p * W<T>) store(trace, job.out + b.begin + p * W<T>, b.count - p * W<T>);
     }
@@ -224,7 +229,8 @@ void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& sc
   Vec<T> allow[P];
   Int<T> again[P];
   for (int p = 0; p < P; ++p) {
-    const Vec<T> rho = magnitude(b.ratio[p]) * T(radius) * b.rate[p], xi = b.rate[p], sum = b.softmax.sum[p];
+    const Vec<T> rho = magnitude(at(b.ratio + p * W<T>)) * T(radius) * at(b.rate + p * W<T>),
+                 xi = at(b.rate + p * W<T>), sum = b.softmax.sum[p];
     allow[p] = allowed<T>(rho);
     const Vec<T> room = allow[p] - 2 * rho * rho - 16;  // constant xi rho must fit in
     again[p] = ~((room >= 0) & (T(constant * constant) * rho * rho * (b.square[p] * xi * xi) <= room * room));
@@ -244,10 +250,10 @@ void leave_block(const PosteriorJob<T>& job, double radius, const Scratch<T>& sc
     const double window = harmless_gap<T>(error > most ? error : most, c.k);
     for (int64_t j = 0; j < c.stride; ++j) scratch.centred[j] = b.points[j * B<T> + lane];
     const bool collapsed = double(b.largest.first[p][q] - b.largest.second[p][q]) > kLog2e * window;
-    refine_row(job, b.begin + lane,
-               {b.x[lane], b.v[lane], scratch.centred, b.alpha[lane], b.std[lane],
-                b.largest.leader[p][q], window, collapsed},
-               scratch.sums);
+    refine_row(
+        job, b.begin + lane,
+        {b.x[lane], b.v[lane], scratch.centred, b.alpha[lane], b.std[lane], b.largest.leader[p][q], window, collapsed},
+        scratch.sums);
   }
 }
 
@@ -261,6 +267,7 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
   Block<T>* blocks = take<Block<T>>(arena, group);
   T* memory = take<T>(arena, group * wide * (job.output == Output::hvp ? 4 : 2));
   for (int64_t i = 0; i < group; ++i) {
+    blocks[i].used = false;
     blocks[i].points = memory + i * wide, blocks[i].mean = memory + (group + i) * wide;
     if (job.output == Output::hvp)
       blocks[i].directions = blocks[i].mean + group * wide, blocks[i].through = blocks[i].directions + group * wide;

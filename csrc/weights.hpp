@@ -69,7 +69,7 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
         ratio[i] = T(alpha(i)), gain[i] = T(kLog2e * alpha(i) / (std(i) * std(i)));
         const T rest = T(alpha(i) - double(ratio[i]));
         for (int64_t j = 0; j < c.stride; j += W<T>) {
-          const Vec<T> value = centred_row(c, ratio[i], rest, j, load(job.x + row(i) * c.d + j, c.d - j));
+          const Vec<T> value = centred_row(c.center + j, ratio[i], rest, load(job.x + row(i) * c.d + j, c.d - j));
           for (int l = 0; l < W<T>; ++l) points[row_offset(i, c.stride) + (j + l) * kRows] = value[l];
           sum += value * value;
         }
