@@ -57,7 +57,8 @@ double diameter(const Components<T>& c, Work& work, Arena& arena) {
       }
       for (int64_t first = begin / kPanel<T> * kPanel<T>; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
-        for (int64_t g = 0; g < used; ++g)  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
+        for (int64_t g = 0; g < used; ++g) {  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
+          panels.announce(first, g, used);
           project(panel, c.d, points + g * wide, dots, [&](int64_t k, auto& tile) {
             Farthest now = farthest[g];
 #pragma GCC unroll 16
@@ -73,6 +74,7 @@ double diameter(const Components<T>& c, Work& work, Arena& arena) {
             }
             farthest[g] = now;
           });
+        }
       }
       for (int64_t i = begin; i < c.k && i < begin + used * B<T>; ++i) {
         const int lane = int((i - begin) % B<T>);

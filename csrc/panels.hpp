@@ -105,6 +105,11 @@ double pack(const Components<T>& c, T* packed) {
   return __builtin_sqrt(largest);
 }
 
+template <class T>
+void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
+
 // A worker's view of the panels: the packed ones, or its own memory into which it packs what it is asked for.
 template <class T>
 class Panels {
@@ -117,6 +122,13 @@ class Panels {
     const double radius = __builtin_sqrt(pack_panel(c_, panel, own_));
     if (radius > radius_) radius_ = radius;
     return panel;
+  }
+  // Asks for one of several parts of the panel after `first`, while the arithmetic on that one goes on.
+  void announce(int64_t first, int64_t part, int64_t parts) const {
+    const int64_t next = first + kPanel<T>, left = c_.k - next, count = left < kPanel<T> ? left : kPanel<T>;
+    if (c_.group == 1 || left <= 0) return;
+    const T* base = c_.packed ? c_.packed + next * (c_.stride + 2) : c_.means + next * c_.d;
+    prefetch(base + part * (count * c_.d / parts), count * c_.d / parts);
   }
   double radius() const { return radius_; }  // max |row| of every panel so far
 

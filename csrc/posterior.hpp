@@ -54,12 +54,6 @@ struct Block {
   bool used;
 };
 
-// Asks for rows (count, d) while the arithmetic goes on: a block's rows are too many streams for the hardware.
-template <class T>
-void prefetch(const T* rows, int64_t count, int64_t d) {
-  for (int64_t i = 0; i < count * d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i);
-}
-
 // Memory shared by the blocks of a worker.
 template <class T>
 struct Scratch {
@@ -279,10 +273,13 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       for (; used < group && begin + used * B<T> < end; ++used)
         enter_block(job, begin + used * B<T>, end, blocks[used]);
       const int64_t next = begin + used * B<T>, ahead = end - next < B<T> ? end - next : B<T>;
-      if (group == 1 && ahead > 0) prefetch(job.x + next * c.d, ahead, c.d);
+      if (group == 1) prefetch(job.x + next * c.d, ahead * c.d);  // too many streams for the hardware
       for (int64_t first = 0; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
-        for (int64_t i = 0; i < used; ++i) add_panel(job, panel, window, scratch, blocks[i]);
+        for (int64_t i = 0; i < used; ++i) {
+          panels.announce(first, i, used);
+          add_panel(job, panel, window, scratch, blocks[i]);
+        }
       }
       for (int64_t i = 0; i < used; ++i) leave_block(job, panels.radius(), scratch, blocks[i]);
     }
