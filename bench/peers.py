@@ -7,8 +7,10 @@ computation (imports, copies into its own arrays) happens before. A peer raises 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,10 @@ def uniform_rk4(problem: Problem, score: Score, x: Any, means: Any) -> Any:
 
 def scripts(problem: Problem) -> Run:
     """Every difference materialised, (n, k, d), as the paper's scripts do it."""
+
+    if problem.operation != "diameter":
+        differences = len(problem.x) * problem.means.numel() * problem.x.element_size()
+        needs_memory(2 * differences)  # themselves, and their squares or weighted ones
 
     def weights(x: Tensor, centres: Tensor, std: float) -> tuple[Tensor, Tensor]:
         away = centres[None, :, :] - x[:, None, :]
@@ -144,28 +150,38 @@ def sdpa(problem: Problem) -> Run:
     return run
 
 
+def numpy_weights(x: Any, centres: Any, std: float, out: Any = None) -> Any:
+    """Posterior weights in numpy, every step in place."""
+    logits = np.matmul(x, (centres / std**2).T, out=out)
+    logits -= (centres**2).sum(1) / (2 * std**2)
+    logits -= logits.max(1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(1, keepdims=True)
+    return logits
+
+
 def numpy(problem: Problem) -> Run:
     """The lean form in numpy."""
     x, means, std = problem.x.numpy(), problem.means.numpy(), problem.std
 
-    def weights(x: Any, centres: Any, std: float) -> Any:
-        logits = x @ (centres / std**2).T
-        logits -= (centres**2).sum(1) / (2 * std**2)
-        logits -= logits.max(1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(1, keepdims=True)
-        return logits
-
     def score(x: Any, centres: Any, std: float) -> Any:
-        return (weights(x, centres, std) @ centres - x) / std**2
+        return (numpy_weights(x, centres, std) @ centres - x) / std**2
 
     runs: dict[str, Run] = {
         "score": lambda: score(x, means, std),
-        "weights": lambda: weights(x, means, std),
+        "weights": lambda: numpy_weights(x, means, std),
         "flow": lambda: uniform_rk4(problem, score, x, means),
         "diameter": lambda: _panels(means, lambda square: float(square.max()), means.T),
     }
     return runs[problem.operation]
+
+
+def numpy_reused(problem: Problem) -> Run:
+    """Posterior weights in numpy into an output that is allocated once."""
+    only(problem, "weights")
+    x, means = problem.x.numpy(), problem.means.numpy()
+    out = np.empty((len(x), len(means)), x.dtype)
+    return lambda: numpy_weights(x, means, problem.std, out)
 
 
 def scikit_learn(problem: Problem) -> Run:
@@ -239,3 +255,10 @@ def only(problem: Problem, *operations: str) -> None:
     """Refuse every operation but these."""
     if problem.operation not in operations:
         raise NotOffered(f"offers {', '.join(operations)}")
+
+
+def needs_memory(size: float) -> None:
+    """Refuse what needs more bytes than the machine has to give."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found and size > 1024 * int(found.group(1)):
+        raise NotOffered(f"needs {size / 2**30:.0f} GiB, this machine has {int(found.group(1)) / 2**20:.0f} to give")
