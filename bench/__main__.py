@@ -28,11 +28,12 @@ PEERS = ("scikit-learn", "jax", "jaxlib", "diffrax", "torchdiffeq", "torchode", 
 def main() -> int:
     """Parse the options, run, print, write; exit code 1 when tests were red."""
     options = parse()
-    console = Console(width=140, highlight=False)
+    console = Console(width=150, highlight=False)
     start, load, cores = time.perf_counter(), os.getloadavg()[0], os.cpu_count() or 1
     report: dict[str, Any] = {"processor": processor(options.device), "cores": cores, **machine()}
     report["versions"] = versions(tuple(dict.fromkeys((*PACKAGES, *PEERS))))
     report |= {"load_before": load, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"), "how": HOW}
+    report |= {"quick": options.quick, "seconds_per_contender": options.seconds}
     if load > cores / 2:
         console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
     chosen, rates = options.case or [*names(options.device), *own.NAMES], None

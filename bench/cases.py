@@ -215,7 +215,7 @@ def exact(problem: Problem, process: flowfast.OUProcess) -> Tensor:
         return torch.tensor([[peers.lean(Problem("diameter", x, means, 1.0))()]], dtype=torch.float64)
     if problem.operation == "flow":
         mixture = flowfast.GaussianMixture(means, problem.std)
-        return flowfast.flow_map(x, mixture, process, 1.0, 0.0, rtol=1e-10)
+        return flowfast.flow_map(x, mixture, process, 1.0, 0.0, rtol=1e-12, atol=1e-13)
     rows, away = [], torch.empty_like(means)  # row by row, differences in one buffer: S4 has 1.2 GB of them per row
     for point in x[: max(8, math.floor(1e9 / means.numel()))]:
         torch.sub(means, point, out=away)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import flowfast
 from bench import cases
+from bench.results import ms
 from bench.timing import summary, take_turns, turn
 from flowfast import _cpp
 
@@ -102,14 +104,13 @@ def _row(taken: list[float]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Table:
     """Medians with their quartiles, and the ratios of `growth` or `instruction_sets`."""
-    shown = Table(title=result["title"], title_justify="left")
+    shown = Table(title=result["title"], title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     rows = result["contenders"]
     beyond = any("beyond_copy" in row for row in rows.values())
     for heading in ("", "median ms", "quartiles", "turns", *["us per trajectory beyond copy"] * beyond, "ratio"):
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in rows.items():
-        cells = [name, f"{1e3 * row['median']:.3g}", f"{1e3 * row['lower']:.3g}-{1e3 * row['upper']:.3g}"]
-        cells.append(str(row["turns"]))
+        cells = [name, ms(row["median"]), f"{ms(row['lower'])}-{ms(row['upper'])}", str(row["turns"])]
         if beyond:
             cells.append(f"{1e6 * row['beyond_copy']:.3g}" if "beyond_copy" in row else "")
         shown.add_row(*cells, f"{row['ratio']:.2f}" if "ratio" in row else "")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench.cases import Case
@@ -80,10 +81,10 @@ def table(result: dict[str, Any]) -> Table:
     """One case of the JSON file; a ratio above 1 is faster than the best peer."""
     rows = result["contenders"]
     arithmetic, memory = result["floor_arithmetic_seconds"], result["floor_memory_seconds"]
-    floor = (
-        "" if arithmetic is None else f"; floors: arithmetic {1e3 * arithmetic:.3g} ms, memory {1e3 * memory:.3g} ms"
-    )
-    shown = Table(title=result["title"] + floor, title_justify="left")
+    title = result["title"]
+    if arithmetic is not None:
+        title += f"; floors: arithmetic {ms(arithmetic)} ms, memory {ms(memory)} ms"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     some_reuse = any(row["reuses"] for row in rows.values())
     some_memory = any(row["extra_memory"] is not None for row in rows.values())
     headings = ["", "median ms", "quartiles", "fastest", "turns", "of FMA", "of floor", "x best peer"]
@@ -91,8 +92,13 @@ def table(result: dict[str, Any]) -> Table:
     for heading in headings:
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in rows.items():
-        cells = [name, f"{1e3 * row['median']:.3g}", f"{1e3 * row['lower']:.3g}-{1e3 * row['upper']:.3g}"]
-        cells += [f"{1e3 * row['fastest']:.3g}", str(row["turns"])]
+        cells = [
+            name,
+            ms(row["median"]),
+            f"{ms(row['lower'])}-{ms(row['upper'])}",
+            ms(row["fastest"]),
+            str(row["turns"]),
+        ]
         cells += ["" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_ceiling", "share_of_floor")]
         ratios = ("ratio_to_best_peer", "ratio_to_best_of_all")[: 1 + some_reuse]
         cells += ["" if row[key] is None else f"{row[key]:.2f}" for key in ratios]
@@ -103,6 +109,12 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row(*cells, style="bold" if row["ours"] else None)
     shown.caption, shown.caption_justify = absent(result), "left"
     return shown
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds, three digits."""
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 1_000 else f"{value:.3g}"
 
 
 def absent(result: dict[str, Any]) -> str | None:

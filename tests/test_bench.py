@@ -31,6 +31,14 @@ def _small(name: str, operation: str, std: float = 1.0) -> cases.Case:
     return replace(made, problem=replace(made.problem, steps=100), contenders=few)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is skipped or cut short because the machine is busy."""
+    for limit in ("LONGEST", "ONCE", "SLOW"):
+        monkeypatch.setattr(timing, limit, float("inf"))
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("operation", ["score", "weights", "flow", "diameter"])
 def test_contenders_agree_with_float64(operation: str) -> None:
     with torch.inference_mode():
@@ -42,6 +50,7 @@ def test_contenders_agree_with_float64(operation: str) -> None:
     assert not operation == "weights" or {"flowfast, output reused", *REUSED} <= set(found.timings)
 
 
+@pytest.mark.usefixtures("patient")
 def test_everybody_is_listed() -> None:
     def missing(problem: peers.Problem) -> peers.Run:
         raise ModuleNotFoundError("no such peer", name="peer")
@@ -73,6 +82,7 @@ def test_the_extension_alone_gives_the_score() -> None:
     assert timing.row_errors(alone(), case.exact())[-1] < 1e-5
 
 
+@pytest.mark.usefixtures("patient")
 def test_turns_alternate_and_begin_with_untimed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(timing, "SETTLE", 1e-9)
@@ -86,6 +96,23 @@ def test_turns_alternate_and_begin_with_untimed_calls(monkeypatch: pytest.Monkey
     assert calls == ["A", "B"] * timing.FEWEST_TURNS
     monkeypatch.setattr(timing, "ONCE", 0.0)
     assert all(len(taken) == 1 for taken in timing.take_turns(turns, seconds=0.0).values())
+
+
+def test_long_calls_are_made_once() -> None:
+    calls: list[int] = []
+
+    def build(problem: peers.Problem) -> peers.Run:
+        def run() -> torch.Tensor:
+            calls.append(len(problem.x))
+            return problem.x
+
+        return run
+
+    case = replace(_small("small", "score"), contenders={"slow": cases.Contender(build, ours=True)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ONCE", 0.0)
+        found = timing.measure(case, seconds=0.0)
+    assert calls == [16] and found.timings["slow"].turns == 1
 
 
 def test_what_does_not_fit_memory_is_refused() -> None:
@@ -141,6 +168,7 @@ def test_growth_takes_the_copy_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "d=64, flowfast, adaptive" in _printed(own.table(found)) and json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.usefixtures("patient")
 def test_every_instruction_set_takes_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own, "TIMED", ("S1",))
     found = own.instruction_sets(seconds=0.0, quick=True)
