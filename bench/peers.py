@@ -94,7 +94,7 @@ def scripts(problem: Problem) -> Run:
 
 def lean_weights(x: Tensor, centres: Tensor, std: float, out: Tensor | None = None) -> Tensor:
     """Posterior weights by one product and a softmax; the square is expanded, which costs digits at low noise."""
-    bias = -0.5 / std**2 * centres.square().sum(1)
+    bias = -0.5 / std**2 * torch.linalg.vector_norm(centres, dim=1).square()  # without a temporary of their size
     logits = torch.addmm(bias, x, centres.T, alpha=1 / std**2, out=out)
     return torch.softmax(logits, 1, out=logits if out is not None else None)
 
@@ -141,7 +141,7 @@ def sdpa(problem: Problem) -> Run:
     x, means, precision = problem.x, problem.means, 1 / problem.std**2
 
     def run() -> Tensor:
-        mask = (-0.5 * precision * means.square().sum(1)).expand(1, 1, len(x), -1)
+        mask = (-0.5 * precision * torch.linalg.vector_norm(means, dim=1).square()).expand(1, 1, len(x), -1)
         mean = torch.nn.functional.scaled_dot_product_attention(
             x[None, None], means[None, None], means[None, None], attn_mask=mask, scale=precision
         )
@@ -152,8 +152,9 @@ def sdpa(problem: Problem) -> Run:
 
 def numpy_weights(x: Any, centres: Any, std: float, out: Any = None) -> Any:
     """Posterior weights in numpy, every step in place."""
-    logits = np.matmul(x, (centres / std**2).T, out=out)
-    logits -= (centres**2).sum(1) / (2 * std**2)
+    few = len(x) < len(centres)  # the smaller factor is scaled
+    logits = np.matmul(x / std**2 if few else x, (centres if few else centres / std**2).T, out=out)
+    logits -= np.einsum("kd,kd->k", centres, centres) / (2 * std**2)
     logits -= logits.max(1, keepdims=True)
     np.exp(logits, out=logits)
     logits /= logits.sum(1, keepdims=True)
