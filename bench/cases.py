@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -192,18 +193,17 @@ def ours(
 
 
 def binding(problem: Problem, mixture: flowfast.GaussianMixture) -> Run:
-    """The score from the extension's own function, on addresses that are known beforehand."""
-    x, out, threads = problem.x, torch.empty_like(problem.x), torch.get_num_threads()
+    """The extension's own function, called with the arguments that `flowfast.score` gets to it: addresses and sizes."""
     alpha, std = torch.ones((), dtype=torch.float64), mixture.std.double()
-    held = (x, mixture.means, mixture.log_weights_in(x.dtype), alpha, std, out)  # addresses keep nothing alive
-    points, means, log_weights, alpha_at, std_at, score = (tensor.data_ptr() for tensor in held)
-    inputs = (points, 0, means, log_weights, alpha_at, False, std_at, False)
-    arguments = (*inputs, 0, score, 0, 0, 0, 0, len(x), mixture.n_components, mixture.dim, threads)
-    function = _cpp._function("posterior", x.dtype)
+    tensors = (problem.x, mixture.means, mixture.log_weights_in(problem.x.dtype), alpha, std)
+    passed: list[Any] = []
+    with mock.patch.object(_cpp, "_function", lambda *_: lambda *arguments: passed.extend(arguments)):
+        held = (_cpp.score(*tensors), *tensors)  # addresses keep nothing alive
+    function = _cpp._function("posterior", problem.x.dtype)
 
     def run() -> Tensor:
-        function(*arguments)
-        return held[-1]
+        function(*passed)
+        return held[0]
 
     return run
 
