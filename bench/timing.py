@@ -6,6 +6,7 @@ begins with untimed calls of the contender whose turn it is, until the others' t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -168,7 +169,8 @@ def _build(case: Case, contender: Contender) -> Run:
 def _smaller(problem: Problem) -> tuple[Problem, float]:
     """A part of the problem, and how much of the work it is."""
     if problem.operation == "diameter":
-        return replace(problem, means=problem.means[: max(1, len(problem.means) // TRIAL)].contiguous()), TRIAL**-2.0
+        rows = max(1, len(problem.means) // math.isqrt(TRIAL))  # its work grows with their square
+        return replace(problem, means=problem.means[:rows].contiguous()), 1 / TRIAL
     rows = len(problem.x) // TRIAL
     return (replace(problem, x=problem.x[:rows].contiguous()), 1 / TRIAL) if rows else (problem, 1.0)
 
