@@ -50,10 +50,12 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 
-# Peers are optional: PEERS=1 installs them.
+# Peers are optional: PEERS=1 installs them. torchode needs torchtyping, whose only version that goes with this torch asks
+# for an older typeguard than tyro does; what torchode uses of it works with either.
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) $$($(PY) -c "import tomllib; \
 	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])")
+	$(PIP) --no-deps torchode==1.0.1 torchtyping==0.1.5
 	@touch $@
 
 bench: $(VENV)/.dev $(VENV)/.core $(if $(PEERS),$(VENV)/.bench)

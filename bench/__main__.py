@@ -1,4 +1,4 @@
-"""`python -m bench`: test, measure the ceilings, time every case, print tables, write <out>/<machine>-cpu.json."""
+"""`python -m bench`: test, measure the ceilings, time the cases, print tables, write <out>/<machine>-cpu.json."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import gate
-from bench.cases import LONG, cases, names
+from bench import gate, memory, own
+from bench.cases import named, names
 from bench.ceilings import ceilings
 from bench.results import as_json, table
-from bench.timing import measure
+from bench.timing import HOW, measure
 from flowfast.experiments.machine import PACKAGES, machine, versions
 
 PEERS = ("scikit-learn", "jax", "jaxlib", "diffrax", "torchdiffeq", "torchode", "pykeops")
@@ -28,18 +28,20 @@ PEERS = ("scikit-learn", "jax", "jaxlib", "diffrax", "torchdiffeq", "torchode", 
 def main() -> int:
     """Parse the options, run, print, write; exit code 1 when tests were red."""
     options = parse()
-    console = Console(width=130, highlight=False)
+    console = Console(width=150, highlight=False)
     start, load, cores = time.perf_counter(), os.getloadavg()[0], os.cpu_count() or 1
     report: dict[str, Any] = {"processor": processor(options.device), "cores": cores, **machine()}
     report["versions"] = versions(tuple(dict.fromkeys((*PACKAGES, *PEERS))))
-    report |= {"load_before": load, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set")}
+    report |= {"load_before": load, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"), "how": HOW}
+    report |= {"quick": options.quick, "seconds_per_contender": options.seconds}
     if load > cores / 2:
         console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
-    chosen, rates = tuple(options.case), None
+    chosen, rates = options.case or [*names(options.device), *own.NAMES], None
     red: set[str] = set()
-    if options.device == "cpu":
-        picked = [name for name in chosen or names() if chosen or name not in LONG]
-        red = gate.red({gate.operation(name) for name in picked}, reuse=options.reuse_tests)
+    if options.device == "cuda":
+        chosen = names("cuda")
+    else:
+        red = gate.red({operation for name in chosen for operation in gate.operations(name)}, reuse=options.reuse_tests)
         threads = torch.get_num_threads()
         report["ceilings"] = ceilings(tuple(sorted({1, threads})))
         rates = report["ceilings"][str(threads)]
@@ -50,21 +52,34 @@ def main() -> int:
     name = re.sub("[^a-z0-9]+", "-", report["processor"].lower()).strip("-")
     path = options.out / f"{name}-{options.device}.json"
     warnings.filterwarnings("ignore", module="torch|jax|torchode|pykeops|sklearn")
-    with torch.inference_mode():
-        for case in cases(options.device, quick=options.quick, chosen=chosen):
-            if case.problem.operation in red:
-                console.print(f"{case.title}: not timed, the tests of {case.problem.operation} are red")
-                continue
-            result = as_json(case, measure(case, seconds=options.seconds), rates)
-            report["cases"][case.name] = result
-            console.print(table(result))
-            write(path, report)  # a run that is stopped keeps what it has
-            del case
-            gc.collect()
+    for name in chosen:
+        unsure = red & set(gate.operations(name))
+        if unsure:
+            console.print(f"{name}: not timed, the tests of {', '.join(sorted(unsure))} are red")
+            continue
+        with torch.inference_mode():
+            result = timed(name, options, rates)
+        report["cases"][name] = result
+        console.print(own.table(result) if name in own.NAMES else table(result))
+        write(path, report)  # a run that is stopped keeps what it has
+        gc.collect()
     report |= {"complete": True, "load_after": os.getloadavg()[0], "seconds": round(time.perf_counter() - start)}
     write(path, report)
     console.print(f"written after {report['seconds']} s, load {report['load_after']:.1f}: {path}")
     return 1 if red else 0
+
+
+def timed(name: str, options: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:
+    """One case, measured, as plain numbers."""
+    begin = time.perf_counter()
+    if name in own.NAMES:
+        result = own.measure(name, seconds=options.seconds, quick=options.quick)
+    else:
+        case = named(name, device=options.device, quick=options.quick)
+        found = measure(case, seconds=options.seconds)
+        extra = memory.extra(name, found.timings, quick=options.quick) if name in memory.CASES else {}
+        result = as_json(case, found, rates, extra)
+    return result | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -78,9 +93,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of turns per contender of a case, or one turn")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of turns per contender of a case")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the points, to see that it runs")
-    parser.add_argument("--case", nargs="+", choices=names(), default=[], help="only these; all but the longest")
+    parser.add_argument("--case", nargs="+", choices=[*names(), *own.NAMES], default=[], help="only these")
     parser.add_argument("--reuse-tests", action="store_true", help="trust a green run of the same sources and build")
     return parser.parse_args()
 

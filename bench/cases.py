@@ -1,12 +1,13 @@
-"""What is timed: scores, posterior weights, flows and diameters, each contender beside the others."""
+"""What is timed beside peers: scores, posterior weights, flows and diameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 import flowfast
 from bench import peers, peers_compiled
 from bench.peers import Problem, Run
+from flowfast import _cpp
 
 BETA = 5.0
 TIME = 0.3  # of the score
@@ -30,12 +32,14 @@ class Contender:
     Attributes:
         build: makes the function to time. ours: flowfast's own. method: "same" as the case prescribes, "any" other
             that reaches the result. compiles: its warm-up costs more than its call, so it is not tried on fewer rows.
+            reuses: writes into an output that it was given, where the others pay for fresh memory at every call.
     """
 
     build: Build
     ours: bool = False
     method: Method = "same"
     compiles: bool = False
+    reuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Case:
 
     Attributes:
         exact: its result in float64, of the first rows at least. flops, exps: nominal count of one call.
+        read, written: bytes of the arguments and of the result.
     """
 
     name: str
@@ -53,15 +58,18 @@ class Case:
     exact: Callable[[], Tensor]
     flops: float
     exps: float
+    read: float
+    written: float
 
 
 PEERS: Mapping[str, Contender] = {
     "torch, scripts": Contender(peers.scripts),
     "torch, lean": Contender(peers.lean),
-    "torch, lean, output reused": Contender(peers.lean_reused),
+    "torch, lean, output reused": Contender(peers.lean_reused, reuses=True),
     "torch.compile": Contender(peers_compiled.torch_compile, compiles=True),
     "torch SDPA": Contender(peers.sdpa),
     "numpy": Contender(peers.numpy),
+    "numpy, output reused": Contender(peers.numpy_reused, reuses=True),
     "scikit-learn": Contender(peers.scikit_learn),
     "JAX": Contender(peers_compiled.jax, compiles=True),
     "KeOps": Contender(peers_compiled.keops),
@@ -86,30 +94,37 @@ SIZES: Mapping[str, tuple[str, int, int, int]] = {
     "H1": ("diameter", 1, 20_000, 512),
     "digits score": ("score", 4_096, 1_797, 64),
     "digits flow": ("flow", 256, 1_797, 64),
+    "one point": ("score", 1, 20, 64),
 }
 LOW_NOISE = ("T1", "T2")  # also at sigma0 = 1e-3
-LONG = ("S4 float64", "T2 float64")  # minutes each: only when asked for by name
+ON_GPU = {"S1": (20, 1.0), "S2": (20, 1.0), "S3": (20, 0.01)}  # components and sigma0
+TINY = 16  # rows, components and dimensions at most, for a first call that only loads libraries
 
 
-def names() -> list[str]:
-    """Names of all CPU cases."""
+def names(device: str = "cpu") -> list[str]:
+    """Names of all cases that have peers on `device` ("cpu" or "cuda")."""
+    if device == "cuda":
+        return list(ON_GPU)
     return [*SIZES, *(f"{name} sigma0=0.001" for name in LOW_NOISE), *(f"{name} float64" for name in SIZES)]
 
 
-def cases(device: str, *, quick: bool = False, chosen: tuple[str, ...] = ()) -> Iterator[Case]:
-    """The `chosen` cases on `device` ("cpu" or "cuda"), or all but the longest; `quick` takes fewer points."""
+def named(name: str, *, device: str = "cpu", quick: bool = False, tiny: bool = False) -> Case:
+    """A case by its name; `quick` takes fewer points, `tiny` hardly any of anything."""
+    operation, n, k, d = SIZES[base(name)]
+    std = 1e-3 if name.endswith("=0.001") else 1.0
     if device == "cuda":
-        for name, std in (("S1", 1.0), ("S2", 1.0), ("S3", 0.01)):
-            operation, n, k, d = SIZES[name]
-            yield case(name, operation, n // 16 if quick else n, 20 if name == "S3" else k, d, std, device=device)
-        return
-    for name in chosen or [name for name in names() if name not in LONG]:
-        base = name.removesuffix(" float64").removesuffix(" sigma0=0.001")
-        operation, n, k, d = SIZES[base]
-        if quick:
-            n, k = max(n // 16, 1), min(k, 2_000)
-        dtype = torch.float64 if name.endswith("float64") else torch.float32
-        yield case(name, operation, n, k, d, 1e-3 if name.endswith("=0.001") else 1.0, dtype=dtype)
+        k, std = ON_GPU[name]
+    if quick:
+        n, k = max(n // 16, 1), min(k, 2_000)
+    if tiny:
+        n, k, d = min(n, TINY), min(k, TINY), min(d, TINY)
+    dtype = torch.float64 if name.endswith("float64") else torch.float32
+    return case(name, operation, n, k, d, std, dtype=dtype, device=device)
+
+
+def base(name: str) -> str:
+    """The case that `name` is a variant of."""
+    return name.removesuffix(" float64").removesuffix(" sigma0=0.001")
 
 
 def case(
@@ -134,15 +149,20 @@ def case(
     calls = 4 * STEPS if operation == "flow" else 1
     flops = float(k) * k * d if operation == "diameter" else calls * products * pairs * d
     rivals = EAGER if device == "cuda" else tuple(PEERS)
-    contenders = {**ours(operation, here, process), **{name: PEERS[name] for name in rivals}}
+    contenders = {**ours(name, operation, here, process), **{name: PEERS[name] for name in rivals}}
     if operation == "flow":
         contenders |= SOLVERS
     exps = 0.0 if operation == "diameter" else calls * pairs
-    return Case(name, title, problem, contenders, partial(exact, problem, here, process), flops, exps)
+    points = 0 if operation == "diameter" else n * d
+    written = n * k if operation == "weights" else points
+    work = (flops, exps, float(x.element_size() * (points + k * d)), float(x.element_size() * written))
+    return Case(name, title, problem, contenders, partial(exact, problem, process), *work)
 
 
-def ours(operation: str, mixture: flowfast.GaussianMixture, process: flowfast.OUProcess) -> dict[str, Contender]:
-    """flowfast through its public functions."""
+def ours(
+    name: str, operation: str, mixture: flowfast.GaussianMixture, process: flowfast.OUProcess
+) -> dict[str, Contender]:
+    """flowfast through its public functions; for one point also the compiled function alone."""
     if operation == "flow":
 
         def flow(problem: Problem, **how: Any) -> Run:
@@ -156,18 +176,49 @@ def ours(operation: str, mixture: flowfast.GaussianMixture, process: flowfast.OU
     if operation == "diameter":
         # a mixture remembers its diameter, so that every turn takes a fresh one
         return {"flowfast": Contender(lambda p: lambda: flowfast.GaussianMixture(p.means, 1.0).diameter(), ours=True)}
-    function = flowfast.score if operation == "score" else flowfast.posterior_weights
-    return {"flowfast": Contender(lambda problem: lambda: function(problem.x, mixture), ours=True)}
+    if operation == "score":
+        found = {"flowfast": Contender(lambda problem: lambda: flowfast.score(problem.x, mixture), ours=True)}
+        if base(name) == "one point":
+            found["flowfast, binding"] = Contender(partial(binding, mixture=mixture), ours=True)
+        return found
+
+    def reused(problem: Problem) -> Run:
+        out = problem.x.new_empty(len(problem.x), mixture.n_components)
+        return lambda: flowfast.posterior_weights(problem.x, mixture, out=out)
+
+    return {
+        "flowfast": Contender(lambda problem: lambda: flowfast.posterior_weights(problem.x, mixture), ours=True),
+        "flowfast, output reused": Contender(reused, ours=True, reuses=True),
+    }
 
 
-def exact(problem: Problem, mixture: flowfast.GaussianMixture, process: flowfast.OUProcess) -> Tensor:
+def binding(problem: Problem, mixture: flowfast.GaussianMixture) -> Run:
+    """The extension's own function, called with the arguments that `flowfast.score` gets to it: addresses and sizes."""
+    alpha, std = torch.ones((), dtype=torch.float64), mixture.std.double()
+    tensors = (problem.x, mixture.means, mixture.log_weights_in(problem.x.dtype), alpha, std)
+    passed: list[Any] = []
+    with mock.patch.object(_cpp, "_function", lambda *_: lambda *arguments: passed.extend(arguments)):
+        held = (_cpp.score(*tensors), *tensors)  # addresses keep nothing alive
+    function = _cpp._function("posterior", problem.x.dtype)
+
+    def run() -> Tensor:
+        function(*passed)
+        return held[0]
+
+    return run
+
+
+def exact(problem: Problem, process: flowfast.OUProcess) -> Tensor:
     """The result in float64; for pointwise operations on large mixtures the first rows of it."""
-    means = problem.means.double()
+    x, means = problem.x.double(), problem.means.double()
     if problem.operation == "diameter":
-        return torch.tensor([[peers.lean(Problem("diameter", problem.x, means, 1.0))()]], dtype=torch.float64)
-    wide = flowfast.GaussianMixture(means, problem.std)
+        return torch.tensor([[peers.lean(Problem("diameter", x, means, 1.0))()]], dtype=torch.float64)
     if problem.operation == "flow":
-        return flowfast.flow_map(problem.x.double(), wide, process, 1.0, 0.0, rtol=1e-10)
-    rows = max(8, min(len(problem.x), math.floor(2e9 / means.numel())))
-    function = flowfast.score if problem.operation == "score" else flowfast.posterior_weights
-    return function(problem.x[:rows].double(), wide, backend="reference")
+        mixture = flowfast.GaussianMixture(means, problem.std)
+        return flowfast.flow_map(x, mixture, process, 1.0, 0.0, rtol=1e-12, atol=1e-13)
+    rows, away = [], torch.empty_like(means)  # row by row, differences in one buffer: S4 has 1.2 GB of them per row
+    for point in x[: max(8, math.floor(1e9 / means.numel()))]:
+        torch.sub(means, point, out=away)
+        weights = torch.softmax(away.square_().sum(1) / (-2 * problem.std**2), 0)
+        rows.append(weights if problem.operation == "weights" else (weights @ means - point) / problem.std**2)
+    return torch.stack(rows)

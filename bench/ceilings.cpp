@@ -1,13 +1,18 @@
 // What this machine can do at most: prints one JSON object of rates for the number of threads given.
-// FMA in flop/s and exp in values/s per dtype, from registers alone; copy in bytes copied per second.
+// FMA in flop/s and exp in values/s per dtype, from registers alone; copy, read and fill of memory in bytes copied,
+// read and written per second, with stores that pass the caches by where there are any; fresh fills new pages.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
@@ -41,6 +46,9 @@ inline void keep(V& value) {
   asm volatile("" : "+w"(value));
 #endif
 }
+
+// As if somebody read what the address leads to.
+inline void keep_memory(void* address) { asm volatile("" : : "r"(address) : "memory"); }
 
 template <class T>
 double fma_work(std::int64_t rounds) {
@@ -91,11 +99,68 @@ double exp_work(std::int64_t rounds) {
   return double(kChains) * (kBytes / sizeof(T)) * double(rounds);
 }
 
+// A buffer of each thread, far larger than the caches.
+struct Arrays {
+  static constexpr std::size_t kSize = std::size_t(64) << 20;
+  std::vector<char> from = std::vector<char>(kSize, 1), to = std::vector<char>(kSize, 2);
+};
+
+Arrays& arrays() {
+  thread_local Arrays own;
+  return own;
+}
+
+using Quad __attribute__((vector_size(16))) = float;
+
+inline void stream(Quad* at, Quad value) {
+#if defined(__x86_64__)
+  _mm_stream_ps(reinterpret_cast<float*>(at), value);
+#else
+  *at = value;
+#endif
+}
+
+// Streams `value`, or a copy where it is null.
+double stream_work(std::int64_t rounds, const Quad* value) {
+  const Quad* from = reinterpret_cast<const Quad*>(arrays().from.data());
+  Quad* to = reinterpret_cast<Quad*>(arrays().to.data());
+  for (std::int64_t i = 0; i < rounds; ++i)
+    for (std::size_t j = 0; j < Arrays::kSize / sizeof(Quad); ++j) stream(to + j, value ? *value : from[j]);
+  return double(Arrays::kSize) * double(rounds);
+}
+
+double stream_copy_work(std::int64_t rounds) { return stream_work(rounds, nullptr); }
+
+double fill_work(std::int64_t rounds) {
+  const Quad value = {0.1f, 0.2f, 0.3f, 0.4f};
+  return stream_work(rounds, &value);
+}
+
 double copy_work(std::int64_t rounds) {
-  constexpr std::size_t kSize = std::size_t(64) << 20;
-  thread_local std::vector<char> from(kSize, 1), to(kSize, 2);
-  for (std::int64_t i = 0; i < rounds; ++i) std::memcpy(to.data(), from.data(), kSize);
-  return double(kSize) * double(rounds);
+  for (std::int64_t i = 0; i < rounds; ++i) std::memcpy(arrays().to.data(), arrays().from.data(), Arrays::kSize);
+  return double(Arrays::kSize) * double(rounds);
+}
+
+// Fills memory that the system has yet to hand out: the page faults of a fresh output.
+double fresh_work(std::int64_t rounds) {
+  for (std::int64_t i = 0; i < rounds; ++i) {
+    std::unique_ptr<char[]> fresh(new char[Arrays::kSize]);
+    std::memset(fresh.get(), 1, Arrays::kSize);
+    keep_memory(fresh.get());
+  }
+  return double(Arrays::kSize) * double(rounds);
+}
+
+double read_work(std::int64_t rounds) {
+  constexpr int kChains = 8;
+  Quad sums[kChains] = {};
+  const Quad* from = reinterpret_cast<const Quad*>(arrays().from.data());
+  for (std::int64_t i = 0; i < rounds; ++i)
+    for (std::size_t j = 0; j < Arrays::kSize / sizeof(Quad); j += kChains)
+#pragma GCC unroll 8
+      for (int chain = 0; chain < kChains; ++chain) sums[chain] += from[j + chain];
+  for (auto& sum : sums) keep(sum);
+  return double(Arrays::kSize) * double(rounds);
 }
 
 // Best of several rounds: the sum over threads of the work of one, over the time of the slowest.
@@ -122,5 +187,7 @@ int main(int argc, char** argv) {
   std::printf("{\"fma_float32\": %.4g, \"fma_float64\": %.4g, \"exp_float32\": %.4g, \"exp_float64\": %.4g, ",
               rate(fma_work<float>, threads, 8000000, 8), rate(fma_work<double>, threads, 8000000, 8),
               rate(exp_work<float>, threads, 3000000, 5), rate(exp_work<double>, threads, 2000000, 5));
-  std::printf("\"copy_bytes\": %.4g}\n", rate(copy_work, threads, 4, 5));
+  std::printf("\"copy_bytes\": %.4g, \"read_bytes\": %.4g, \"fill_bytes\": %.4g, \"fresh_bytes\": %.4g}\n",
+              std::max(rate(copy_work, threads, 4, 5), rate(stream_copy_work, threads, 4, 5)),
+              rate(read_work, threads, 4, 5), rate(fill_work, threads, 4, 5), rate(fresh_work, threads, 4, 5));
 }

@@ -12,7 +12,7 @@ BUILD = Path(__file__).parents[1] / "build" / "bench"
 
 
 def ceilings(threads: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """Rates per number of threads: FMA in flop/s and exp in values/s per dtype, copied bytes per second.
+    """Rates per number of threads: FMA in flop/s and exp in values/s per dtype, bytes per second of memory.
 
     Raises:
         RuntimeError: no compiler, or the program does not compile.

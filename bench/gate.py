@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.cases import SIZES
+from bench import own
+from bench.cases import SIZES, base
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "build" / "bench" / "green.json"
@@ -21,9 +22,9 @@ TESTS = {
 }
 
 
-def operation(name: str) -> str:
-    """The operation of a case."""
-    return SIZES[name.removesuffix(" float64").removesuffix(" sigma0=0.001")][0]
+def operations(name: str) -> tuple[str, ...]:
+    """The operations that a case times."""
+    return own.OPERATIONS[name] if name in own.NAMES else (SIZES[base(name)][0],)
 
 
 def red(operations: set[str], *, reuse: bool = False) -> set[str]:

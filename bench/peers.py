@@ -7,8 +7,10 @@ computation (imports, copies into its own arrays) happens before. A peer raises 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,10 @@ def uniform_rk4(problem: Problem, score: Score, x: Any, means: Any) -> Any:
 def scripts(problem: Problem) -> Run:
     """Every difference materialised, (n, k, d), as the paper's scripts do it."""
 
+    if problem.operation != "diameter":
+        differences = len(problem.x) * problem.means.numel() * problem.x.element_size()
+        needs_memory(2 * differences)  # themselves, and their squares or weighted ones
+
     def weights(x: Tensor, centres: Tensor, std: float) -> tuple[Tensor, Tensor]:
         away = centres[None, :, :] - x[:, None, :]
         return torch.softmax(-away.pow(2).sum(-1) / (2 * std**2), dim=1), away
@@ -88,7 +94,7 @@ def scripts(problem: Problem) -> Run:
 
 def lean_weights(x: Tensor, centres: Tensor, std: float, out: Tensor | None = None) -> Tensor:
     """Posterior weights by one product and a softmax; the square is expanded, which costs digits at low noise."""
-    bias = -0.5 / std**2 * centres.square().sum(1)
+    bias = -0.5 / std**2 * torch.linalg.vector_norm(centres, dim=1).square()  # without a temporary of their size
     logits = torch.addmm(bias, x, centres.T, alpha=1 / std**2, out=out)
     return torch.softmax(logits, 1, out=logits if out is not None else None)
 
@@ -135,7 +141,7 @@ def sdpa(problem: Problem) -> Run:
     x, means, precision = problem.x, problem.means, 1 / problem.std**2
 
     def run() -> Tensor:
-        mask = (-0.5 * precision * means.square().sum(1)).expand(1, 1, len(x), -1)
+        mask = (-0.5 * precision * torch.linalg.vector_norm(means, dim=1).square()).expand(1, 1, len(x), -1)
         mean = torch.nn.functional.scaled_dot_product_attention(
             x[None, None], means[None, None], means[None, None], attn_mask=mask, scale=precision
         )
@@ -144,28 +150,39 @@ def sdpa(problem: Problem) -> Run:
     return run
 
 
+def numpy_weights(x: Any, centres: Any, std: float, out: Any = None) -> Any:
+    """Posterior weights in numpy, every step in place."""
+    few = len(x) < len(centres)  # the smaller factor is scaled
+    logits = np.matmul(x / std**2 if few else x, (centres if few else centres / std**2).T, out=out)
+    logits -= np.einsum("kd,kd->k", centres, centres) / (2 * std**2)
+    logits -= logits.max(1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(1, keepdims=True)
+    return logits
+
+
 def numpy(problem: Problem) -> Run:
     """The lean form in numpy."""
     x, means, std = problem.x.numpy(), problem.means.numpy(), problem.std
 
-    def weights(x: Any, centres: Any, std: float) -> Any:
-        logits = x @ (centres / std**2).T
-        logits -= (centres**2).sum(1) / (2 * std**2)
-        logits -= logits.max(1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(1, keepdims=True)
-        return logits
-
     def score(x: Any, centres: Any, std: float) -> Any:
-        return (weights(x, centres, std) @ centres - x) / std**2
+        return (numpy_weights(x, centres, std) @ centres - x) / std**2
 
     runs: dict[str, Run] = {
         "score": lambda: score(x, means, std),
-        "weights": lambda: weights(x, means, std),
+        "weights": lambda: numpy_weights(x, means, std),
         "flow": lambda: uniform_rk4(problem, score, x, means),
         "diameter": lambda: _panels(means, lambda square: float(square.max()), means.T),
     }
     return runs[problem.operation]
+
+
+def numpy_reused(problem: Problem) -> Run:
+    """Posterior weights in numpy into an output that is allocated once."""
+    only(problem, "weights")
+    x, means = problem.x.numpy(), problem.means.numpy()
+    out = np.empty((len(x), len(means)), x.dtype)
+    return lambda: numpy_weights(x, means, problem.std, out)
 
 
 def scikit_learn(problem: Problem) -> Run:
@@ -239,3 +256,10 @@ def only(problem: Problem, *operations: str) -> None:
     """Refuse every operation but these."""
     if problem.operation not in operations:
         raise NotOffered(f"offers {', '.join(operations)}")
+
+
+def needs_memory(size: float) -> None:
+    """Refuse what needs more bytes than the machine has to give."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found and size > 1024 * int(found.group(1)):
+        raise NotOffered(f"needs {size / 2**30:.0f} GiB, this machine has {int(found.group(1)) / 2**20:.0f} to give")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import LONG, cases, names
+from bench.cases import named, names
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in LONG])
+@pytest.mark.parametrize("name", names())
 def test_speed(benchmark: BenchmarkFixture, name: str) -> None:
-    (case,) = cases("cpu", quick=True, chosen=(name,))
+    case = named(name, quick=True)
     benchmark(next(iter(case.contenders.values())).build(case.problem))
