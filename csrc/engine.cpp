@@ -4,9 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "pool.hpp"
 
@@ -16,8 +13,6 @@ namespace {
 constexpr double kFlopsPerThread = 4e6;    // below this, waking another thread costs more than it saves
 constexpr size_t kPackedBytes = 48 << 20;  // larger mixtures are packed panel by panel, unless a flow needs all panels
 constexpr size_t kSecondCache = 1 << 19;   // panels that fit are read again for every block of points
-constexpr size_t kLargeOutput = 4 << 20;   // written past the caches
-constexpr size_t kHugePage = 2 << 20;
 constexpr int64_t kMaxStages = 16, kSampled = 1024;
 
 int useful_threads(int threads, double flops) {
@@ -32,15 +27,6 @@ void share(int64_t rows, int64_t grain, int threads, const Kernel& kernel) {
     Arena arena;
     kernel(work, arena);
   });
-}
-
-// Fresh memory of a large output in pages of 2 MiB: thousands of page faults less.
-void advise_huge_pages(void* out, size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t begin = (uintptr_t(out) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (uintptr_t(out) + bytes) / kHugePage * kHugePage;
-  if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Owns what Components points to. centre: near the average of the means (of a sample of them), otherwise zero.
@@ -110,9 +96,7 @@ void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_
   if (n == 0) return;
   const bool rows = job.output == Output::trace || job.output == Output::log_density;
   const int64_t width = job.output == Output::weights ? k : rows ? 1 : d;
-  const size_t bytes = size_t(n * width) * sizeof(T);
-  advise_huge_pages(job.out, bytes);
-  job.past_caches = bytes > kLargeOutput && uintptr_t(job.out) % 64 == 0 && width % kColumns == 0;
+  prefer_huge_pages(job.out, size_t(n * width) * sizeof(T));
   const Prepared<T> prepared(means, log_weights, k, d, true, job.output == Output::weights ? 0 : kPackedBytes);
   job.components = &prepared;
   threads = useful_threads(threads, 4.0 * double(n) * double(k) * double(d));
@@ -130,6 +114,7 @@ void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* co
   if (job.stages < 1 || job.stages > kMaxStages)
     throw std::invalid_argument("tableau: got " + std::to_string(job.stages) + " stages, expected 1 to 16");
   if (n == 0) return;
+  prefer_huge_pages(job.out, size_t(n * d) * sizeof(T));
   const Prepared<T> prepared(means, log_weights, k, d, false, std::numeric_limits<size_t>::max());
   Arena arena;
   job.components = &prepared;

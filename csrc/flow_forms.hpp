@@ -85,7 +85,7 @@ class Gate {
   void leave_chunk(const Batch& batch, int64_t j, double phi, const T* lanes) const {
     T* out[B<T>];
     for (int64_t l = 0; l < batch.count; ++l) out[l] = job_.out + batch.row[l] * c_.d + j;
-    lanes_to_rows(lanes, width(j), batch.count, out, false);
+    lanes_to_rows(lanes, width(j), batch.count, out);
     for (int64_t l = 0; l < batch.count; ++l) {
       const double r_from = end(0, batch.row[l]), s_from = end(1, batch.row[l]), s_to = end(3, batch.row[l]);
       const double keep = s_to * phi / s_from, shift = s_to * (end(2, batch.row[l]) - phi * r_from);

@@ -57,24 +57,25 @@ double diameter(const Components<T>& c, Work& work, Arena& arena) {
       }
       for (int64_t first = begin / kPanel<T> * kPanel<T>; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
-        for (int64_t g = 0; g < used; ++g) {  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
-          panels.announce(first, g, used);
-          project(panel, c.d, points + g * wide, dots, [&](int64_t k, auto& tile) {
-            Farthest now = farthest[g];
+        for (int64_t g = 0; g < used; ++g)  // |m_i - m_k|^2 / 2 less |m_i|^2 / 2, which is the same for every k
+          project(
+              panel, c.d, points + g * wide, dots,
+              [&](int64_t k, auto& tile) {
+                Farthest now = farthest[g];
 #pragma GCC unroll 16
-            for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
-              const Vec<T> half_norm = all(panel.half_norms[k + t]);
-              const Int<T> here = Int<T>{} + Index<T>(first + k + t < c.k ? first + k + t : -1);
-              for (int p = 0; p < P; ++p) {
-                const Vec<T> value = half_norm - tile[t][p];
-                const Int<T> above = (value > now.value[p]) & (here >= 0);
-                now.partner[p] = above ? here : now.partner[p];
-                now.value[p] = above ? value : now.value[p];
-              }
-            }
-            farthest[g] = now;
-          });
-        }
+                for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
+                  const Vec<T> half_norm = all(panel.half_norms[k + t]);
+                  const Int<T> here = Int<T>{} + Index<T>(first + k + t < c.k ? first + k + t : -1);
+                  for (int p = 0; p < P; ++p) {
+                    const Vec<T> value = half_norm - tile[t][p];
+                    const Int<T> above = (value > now.value[p]) & (here >= 0);
+                    now.partner[p] = above ? here : now.partner[p];
+                    now.value[p] = above ? value : now.value[p];
+                  }
+                }
+                farthest[g] = now;
+              },
+              panels.ahead(first, g, used));
       }
       for (int64_t i = begin; i < c.k && i < begin + used * B<T>; ++i) {
         const int lane = int((i - begin) % B<T>);

@@ -105,10 +105,16 @@ double pack(const Components<T>& c, T* packed) {
   return __builtin_sqrt(largest);
 }
 
-template <class T>
-void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+// Asks for memory that is soon read (or written): rows of many points are too many streams for the hardware.
+template <int write, class T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, write);
 }
+template <class T>
+struct Ahead {
+  const T* from = nullptr;
+  int64_t count = 0;
+};
 
 // A worker's view of the panels: the packed ones, or its own memory into which it packs what it is asked for.
 template <class T>
@@ -123,12 +129,13 @@ class Panels {
     if (radius > radius_) radius_ = radius;
     return panel;
   }
-  // Asks for one of several parts of the panel after `first`, while the arithmetic on that one goes on.
-  void announce(int64_t first, int64_t part, int64_t parts) const {
+  // One of several parts of the panel after `first`, for project() to ask for while it works; empty where all stay
+  // near.
+  Ahead<T> ahead(int64_t first, int64_t part, int64_t parts) const {
     const int64_t next = first + kPanel<T>, left = c_.k - next, count = left < kPanel<T> ? left : kPanel<T>;
-    if (c_.group == 1 || left <= 0) return;
-    const T* base = c_.packed ? c_.packed + next * (c_.stride + 2) : c_.means + next * c_.d;
-    prefetch(base + part * (count * c_.d / parts), count * c_.d / parts);
+    if (c_.group == 1 || left <= 0) return {};
+    const int64_t length = count * c_.d / parts;
+    return {(c_.packed ? c_.packed + next * (c_.stride + 2) : c_.means + next * c_.d) + part * length, length};
   }
   double radius() const { return radius_; }  // max |row| of every panel so far
 
@@ -156,11 +163,13 @@ inline void dot_tile(const T* rows, int64_t pitch, int64_t width, const T* lanes
 // dots (count, B) <- rows . lanes (d, B). Before they are written, finish(i, tile) may change the registers
 // tile[t][p] of components i + t of the panel. Rounding: error_constant(d) u |row| |point|.
 template <class T, class Finish>
-void project(const Panel<T>& panel, int64_t d, const T* lanes, T* dots, const Finish& finish) {
+void project(const Panel<T>& panel, int64_t d, const T* lanes, T* dots, const Finish& finish, Ahead<T> ahead = {}) {
+  const int64_t piece = 1 + ahead.count * kTile / (panel.count * ((d + kChunk - 1) / kChunk));  // per tile
   const auto tile = [&](auto rows, int64_t j, int64_t i) {
     constexpr int Rows = decltype(rows)::value;
     const int64_t pitch = panel.width(j), width = d - j < kChunk ? d - j : kChunk;
     T* to = dots + i * B<T>;
+    if (ahead.count > 0) prefetch<0>(ahead.from, piece), ahead.from += piece, ahead.count -= piece;
     Vec<T> acc[Rows][P];
     dot_tile<Rows>(panel.chunk(j) + i * pitch, pitch, width, lanes + j * B<T>, acc);
     for (int r = 0; j > 0 && r < Rows * P; ++r) acc[r / P][r % P] += at(to + r * W<T>);

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -22,9 +23,18 @@ bool next_rows(Work& work, int64_t& begin, int64_t& end) {
   return begin < work.rows_;
 }
 
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (uintptr_t(memory) + page - 1) / page * page, end = (uintptr_t(memory) + bytes) / page * page;
+  if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void* Arena::take(size_t bytes) {
   blocks_.emplace_back(std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)), std::free);
   if (!blocks_.back()) throw std::bad_alloc();
+  prefer_huge_pages(blocks_.back().get(), bytes);
   return blocks_.back().get();
 }
 

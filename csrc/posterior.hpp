@@ -106,26 +106,30 @@ void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T
 }
 
 template <class T>
-void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, const Scratch<T>& scratch, Block<T>& b) {
+void add_panel(const PosteriorJob<T>& job, const Panel<T>& panel, T window, const Scratch<T>& scratch, Block<T>& b,
+               Ahead<T> ahead) {
   const Components<T>& c = *job.components;
   Vec<T> scales[P], *const scale = panel.first > 0 ? scales : nullptr;
   int live[kPanel<T>];
-  project(panel, c.d, b.points, scratch.tile, [&](int64_t k, auto& tile) {
-    Largest<T> now = b.largest;
+  project(
+      panel, c.d, b.points, scratch.tile,
+      [&](int64_t k, auto& tile) {
+        Largest<T> now = b.largest;
 #pragma GCC unroll 16
-    for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
-      const Vec<T> half_norm = all(panel.half_norms[k + t]), log_weight = all(panel.log_weights[k + t]);
-      const Int<T> here = Int<T>{} + Index<T>(panel.first + k + t);
-      for (int p = 0; p < P; ++p) {
-        const Vec<T> logit = at(b.gain + p * W<T>) * (tile[t][p] - at(b.ratio + p * W<T>) * half_norm) + log_weight;
-        now.leader[p] = logit > now.first[p] ? here : now.leader[p];
-        now.second[p] = larger(smaller(logit, now.first[p]), now.second[p]);
-        now.first[p] = larger(logit, now.first[p]);
-        tile[t][p] = logit;
-      }
-    }
-    b.largest = now;
-  });
+        for (int t = 0; t < int(sizeof(tile) / sizeof(tile[0])); ++t) {
+          const Vec<T> half_norm = all(panel.half_norms[k + t]), log_weight = all(panel.log_weights[k + t]);
+          const Int<T> here = Int<T>{} + Index<T>(panel.first + k + t);
+          for (int p = 0; p < P; ++p) {
+            const Vec<T> logit = at(b.gain + p * W<T>) * (tile[t][p] - at(b.ratio + p * W<T>) * half_norm) + log_weight;
+            now.leader[p] = logit > now.first[p] ? here : now.leader[p];
+            now.second[p] = larger(smaller(logit, now.first[p]), now.second[p]);
+            now.first[p] = larger(logit, now.first[p]);
+            tile[t][p] = logit;
+          }
+        }
+        b.largest = now;
+      },
+      ahead);
   const int n_live = b.softmax.weigh(b.largest.first, window, scratch.tile, panel.count, scales, live);
   if (job.output == Output::log_density) return;
   accumulate(panel, live, n_live, scratch.tile, b.mean, scale);
@@ -209,7 +213,7 @@ void write_block(const PosteriorJob<T>& job, double radius, const Vec<T>* allow,
     if (job.output == Output::score) finish_columns<Output::score>(c, radius, allow, b, again);
     if (job.output == Output::posterior_mean) finish_columns<Output::posterior_mean>(c, radius, allow, b, again);
     if (job.output == Output::hvp) finish_columns<Output::hvp>(c, radius, allow, b, again);
-    lanes_to_rows(b.mean, c.d, b.count, rows, job.past_caches);
+    lanes_to_rows(b.mean, c.d, b.count, rows);
   }
 }
 
@@ -266,24 +270,23 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
     if (job.output == Output::hvp)
       blocks[i].directions = blocks[i].mean + group * wide, blocks[i].through = blocks[i].directions + group * wide;
   }
+  const bool wide_rows = job.output != Output::log_density && job.output != Output::trace;
   int64_t begin, end;
   while (next_rows(work, begin, end))
     for (; begin < end; begin += group * B<T>) {
       int64_t used = 0;
       for (; used < group && begin + used * B<T> < end; ++used)
         enter_block(job, begin + used * B<T>, end, blocks[used]);
-      const int64_t next = begin + used * B<T>, ahead = end - next < B<T> ? end - next : B<T>;
-      if (group == 1) prefetch(job.x + next * c.d, ahead * c.d);  // too many streams for the hardware
+      if (group == 1 && wide_rows) prefetch<1>(job.out + begin * c.d, blocks[0].count * c.d);
+      const int64_t next = begin + used * B<T>, left = end - next;  // rows to ask for while these are worked on
+      const Ahead<T> rows{job.x + next * c.d, (left < B<T> ? left : B<T>)*c.d};
       for (int64_t first = 0; first < c.k; first += kPanel<T>) {
         const Panel<T> panel = panels.get(first);
-        for (int64_t i = 0; i < used; ++i) {
-          panels.announce(first, i, used);
-          add_panel(job, panel, window, scratch, blocks[i]);
-        }
+        for (int64_t i = 0; i < used; ++i)
+          add_panel(job, panel, window, scratch, blocks[i], first || group > 1 ? panels.ahead(first, i, used) : rows);
       }
       for (int64_t i = 0; i < used; ++i) leave_block(job, panels.radius(), scratch, blocks[i]);
     }
-  drain();
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

@@ -36,7 +36,7 @@ class GaussianMixture:
         self.means = _as_floats("means", means)  # (k, d)
         if self.means.ndim != 2 or 0 in self.means.shape:
             raise ValueError(f"means must have shape (k, d) with k, d >= 1; got {tuple(self.means.shape)}")
-        if not bool(torch.isfinite(self.means).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(self.means))).all()):  # NaN comes through both
             row = int((~torch.isfinite(self.means)).any(1).nonzero()[0, 0])
             raise ValueError(f"means must be finite; row {row} holds NaN or infinity: remove or repair it")
         self.std = _as_std(std)  # ()
