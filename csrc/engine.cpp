@@ -10,7 +10,7 @@
 namespace flowfast {
 namespace {
 
-constexpr double kFlopsPerThread = 4e6;    // below this, waking another thread costs more than it saves
+constexpr double kFlopsPerThread = 2e6;    // below this, waking another thread costs more than it saves
 constexpr size_t kPackedBytes = 48 << 20;  // larger mixtures are packed panel by panel, unless a flow needs all panels
 constexpr size_t kSecondCache = 1 << 19;   // panels that fit are read again for every block of points
 constexpr int64_t kMaxStages = 16, kSampled = 1024;
