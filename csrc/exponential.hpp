@@ -45,7 +45,8 @@ struct Exp2 {
 #pragma GCC unroll 16
     for (int i = 1; i < kTerms; ++i) p = p * r + power[i];
     p = p * r + T(1);
-    const Int<T> bits = reinterpret_cast<const Int<T>&>(p) + (reinterpret_cast<const Int<T>&>(t) << kMantissa);
+    using Bits = typename Simd<T>::Bits;
+    const Bits bits = reinterpret_cast<const Bits&>(p) + (reinterpret_cast<const Bits&>(t) << kMantissa);
     return alive ? reinterpret_cast<const Vec<T>&>(bits) : Vec<T>{};
   }
   // x <= 0, exactly 0 below kLowest

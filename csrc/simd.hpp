@@ -32,6 +32,7 @@ template <>
 struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes), may_alias));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
   static constexpr float eps = 0x1p-23f, infinity = __builtin_inff();
   static constexpr float negligible = 24;  // exp(-24) is the square of the contract's smallest error
 };
@@ -39,6 +40,7 @@ template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes), may_alias));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
   static constexpr double eps = 0x1p-52, infinity = __builtin_inf();
   static constexpr double negligible = 47;
 };

@@ -128,14 +128,14 @@ struct Case {
     for (int64_t i = 0; i < m * 16; ++i) coefficients[i] = i % 4 == 0 ? -0.1 : 0.7;
     FlowJob<T> job = flow_job(fixed, classical);
     job.steps = m;
-    flow_fixed(job, means.data(), log_weights.data(), coefficients.data(), h.data(), n, k, d, form, threads);
+    flow<T>(job, means.data(), log_weights.data(), coefficients.data(), h.data(), n, k, d, form, threads);
     keep(fixed, "flow_fixed");
     Guarded<int8_t> status(n, side);
     Guarded<int32_t> attempts(n, side), evaluations(n, side);
     job = flow_job(adaptive, embedded);
     job.rtol = 1e-2, job.atol = 1e-3, job.max_steps = 500;
     job.status = status.data(), job.attempts = attempts.data(), job.evaluations = evaluations.data();
-    flow_adaptive(job, means.data(), log_weights.data(), n, k, d, form, threads);
+    flow<T>(job, means.data(), log_weights.data(), nullptr, nullptr, n, k, d, form, threads);
     keep(adaptive, "flow_adaptive");
     for (int64_t i = 0; i < n; ++i) require(status[i] == 0 && attempts[i] > 0, "status", n, k, d);
   }
