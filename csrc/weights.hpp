@@ -46,12 +46,12 @@ void weights(const PosteriorJob<T>& job, Work& work, Arena& arena) {
   const auto put_in_lanes = [&](int64_t first) {
     T* to = lanes + kept * first * c.stride;
     means_to_lanes(c, first, to);
-    for (int l = 0; l < B<T>; ++l) log_weights[first + l] = log2_weight(c, first + l);
-    for (int p = 0; p < P; ++p) {
-      Vec<T> sum{};
-      for (int64_t j = p * W<T>; j < wide; j += B<T>) sum += at(to + j) * at(to + j);
-      at(half_norms + first + p * W<T>) = sum / 2;
-      for (int l = 0; l < W<T>; ++l) radius2 = sum[l] > radius2 ? double(sum[l]) : radius2;
+    double norm2[B<T>] = {};
+    for (int64_t j = 0; j < wide; j += B<T>)
+      for (int l = 0; l < B<T>; ++l) norm2[l] += double(to[j + l]) * double(to[j + l]);
+    for (int l = 0; l < B<T>; ++l) {
+      half_norms[first + l] = T(norm2[l] / 2), log_weights[first + l] = log2_weight(c, first + l);
+      radius2 = norm2[l] > radius2 ? norm2[l] : radius2;
     }
   };
   for (int64_t first = 0; kept && first < width; first += B<T>) put_in_lanes(first);

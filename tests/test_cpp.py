@@ -171,6 +171,28 @@ def test_threads_give_the_same_bits(dtype: torch.dtype) -> None:
         assert all(a.equal(b) for a, b in zip(results[0], result, strict=True))
 
 
+def test_a_mixture_too_large_to_be_packed_at_once() -> None:
+    """Above 48 MiB the panels are packed by each worker, and several blocks of points share one."""
+    g = torch.Generator().manual_seed(3)
+    k, d, n = 13_200, 960, 100
+    means = torch.randn(k, d, generator=g) + 3
+    log_weights = torch.full((k,), -math.log(k))
+    alpha, std = scalars(0.15, 0.99)
+    x = 0.15 * (means[:n] + means[n : 2 * n]) / 2 + 0.99 * torch.randn(n, d, generator=g)
+    wide = [t.double() for t in (x, means, log_weights)]
+    limit = 64 * EPS[torch.float32] * (1 + 0.15 * means.double().norm(dim=1).max().item() / 0.99)
+    torch.set_num_threads(2)
+    score, weights = (getattr(_cpp, name)(x, means, log_weights, alpha, std) for name in ("score", "posterior_weights"))
+    logits = 0.15 / 0.99**2 * (wide[0] @ wide[1].T - 0.15 / 2 * (wide[1] ** 2).sum(1))
+    exact = torch.softmax(logits, 1)
+    assert (weights - exact).norm(dim=1).max() <= limit
+    want = (0.15 * exact @ wide[1] - wide[0]) / 0.99**2
+    assert ((score - want).norm(dim=1) / want.norm(dim=1)).max() <= limit
+    torch.set_num_threads(1)
+    assert score.equal(_cpp.score(x, means, log_weights, alpha, std))
+    assert abs(_cpp.diameter(means[:2000]) - torch.pdist(wide[1][:2000]).max()) <= 1e-4
+
+
 def test_half_way_between_two_means_at_std_1e_8() -> None:
     means, log_weights = make(20, 64, torch.float64)
     log_weights = torch.full_like(log_weights, -math.log(20))
