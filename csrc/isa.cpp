@@ -15,12 +15,12 @@ void pointwise(const PosteriorJob<T>& job, Work& work, Arena& arena) {
 
 template <class T>
 void fixed(const FlowJob<T>& job, Work& work, Arena& arena) {
-  job.gram ? flow_fixed<T, SpanForm<T>>(job, work, arena) : flow_fixed<T, FullForm<T>>(job, work, arena);
+  job.gram ? flow_fixed<T, true>(job, work, arena) : flow_fixed<T, false>(job, work, arena);
 }
 
 template <class T>
 void adaptive(const FlowJob<T>& job, Work& work, Arena& arena) {
-  job.gram ? Adaptive<T, SpanForm<T>>(job, work, arena).run() : Adaptive<T, FullForm<T>>(job, work, arena).run();
+  job.gram ? Adaptive<T, true>(job, work, arena).run() : Adaptive<T, false>(job, work, arena).run();
 }
 
 template <class T>
