@@ -27,9 +27,17 @@ inline V held(V value) {
   return value;
 }
 
+#if defined(__AVX512F__)  // the nearest integer, p 2^n: one instruction each
+inline Vec<float> nearest(Vec<float> x) { return _mm512_maskz_roundscale_ps(__mmask16(-1), x, 8); }
+inline Vec<double> nearest(Vec<double> x) { return _mm512_maskz_roundscale_pd(__mmask8(-1), x, 8); }
+inline Vec<float> times_power(Vec<float> p, Vec<float> n) { return _mm512_maskz_scalef_ps(__mmask16(-1), p, n); }
+inline Vec<double> times_power(Vec<double> p, Vec<double> n) { return _mm512_maskz_scalef_pd(__mmask8(-1), p, n); }
+#endif
+
 // The function 2^x with its constants. Make one before a loop.
 template <class T>
 struct Exp2 {
+  using Bits = typename Simd<T>::Bits;
   static constexpr bool kSingle = sizeof(T) == 4;
   static constexpr int kMantissa = kSingle ? 23 : 52, kTerms = kSingle ? 6 : 11;
   Vec<T> shift =
@@ -38,16 +46,38 @@ struct Exp2 {
   Exp2() {
     for (int i = 0; i < kTerms; ++i) power[i] = held(all(T(kSingle ? double(kPower32[i % 6]) : kPower64[i])));
   }
-  // Where alive, kLowest <= x <= 0: error <= 1.5 ulp, 2^0 = 1, NaN stays NaN. Exactly 0 where not alive, for any x.
-  Vec<T> operator()(Vec<T> x, Int<T> alive) const {
-    const Vec<T> t = x + shift, r = x - (t - shift);
-    Vec<T> p = power[0];
+  // x <- 2^x where alive, kLowest <= x <= 0: error <= 1.5 ulp, 2^0 = 1, NaN stays NaN; exactly 0 where not alive, for
+  // any x. N registers in step, so that the processor has N chains to work on.
+  template <int N>
+  void each(Vec<T> (&x)[N], const Int<T> (&alive)[N]) const {
+    Vec<T> n[N], p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+#if defined(__AVX512F__)
+      n[i] = nearest(x[i]), x[i] -= n[i], p[i] = power[0];
+#else
+      n[i] = x[i] + shift, x[i] -= n[i] - shift, p[i] = power[0];
+#endif
+    }
 #pragma GCC unroll 16
-    for (int i = 1; i < kTerms; ++i) p = p * r + power[i];
-    p = p * r + T(1);
-    using Bits = typename Simd<T>::Bits;
-    const Bits bits = reinterpret_cast<const Bits&>(p) + (reinterpret_cast<const Bits&>(t) << kMantissa);
-    return alive ? reinterpret_cast<const Vec<T>&>(bits) : Vec<T>{};
+    for (int term = 1; term < kTerms; ++term)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + power[term];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      p[i] = p[i] * x[i] + T(1);
+#if defined(__AVX512F__)
+      p[i] = times_power(p[i], n[i]);
+#else
+      reinterpret_cast<Bits&>(p[i]) += reinterpret_cast<const Bits&>(n[i]) << kMantissa;
+#endif
+      x[i] = alive[i] ? p[i] : Vec<T>{};
+    }
+  }
+  Vec<T> operator()(Vec<T> x, Int<T> alive) const {
+    Vec<T> one[1] = {x};
+    const Int<T> mask[1] = {alive};
+    return each(one, mask), one[0];
   }
   // x <= 0, exactly 0 below kLowest
   Vec<T> operator()(Vec<T> x) const { return (*this)(x, ~(x < kLowest<T>)); }

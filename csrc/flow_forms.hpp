@@ -202,12 +202,16 @@ class Form {
     T* to = slope.rows;
     Vec<T> top[P], sum[P] = {};
     for (int p = 0; p < P; ++p) top[p] = largest[p];
-    for (int64_t k = 0; k < rows; k += kRows)
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows * P; ++i) {
-        const Vec<T> value = at(to + k * B<T> + i * W<T>) - top[i % P], weight = exp2(value, ~(value < -window));
-        at(to + k * B<T> + i * W<T>) = weight, sum[i % P] += weight;
+    for (int64_t j = 0; j < rows * B<T>; j += kRows * W<T>) {
+      Vec<T> value[kRows];
+      Int<T> alive[kRows];
+      for (int i = 0; i < kRows; ++i) {
+        value[i] = at(to + j + i * W<T>) - top[i % P];
+        alive[i] = ~(value[i] < -window);
       }
+      exp2.each(value, alive);
+      for (int i = 0; i < kRows; ++i) at(to + j + i * W<T>) = value[i], sum[i % P] += value[i];
+    }
     for (int p = 0; p < P; ++p) slope.scale[p] = 1 / sum[p];
   }
   T* add(const Sum<T>& sum) const {  // gives sum_, filled
