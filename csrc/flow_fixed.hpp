@@ -2,6 +2,7 @@
 // file.
 #pragma once
 #include "flow_forms.hpp"
+#include "separation.hpp"
 
 namespace flowfast::FLOWFAST_ISA {
 
@@ -28,6 +29,9 @@ void flow_fixed(const FlowJob<T>& job, Work& work, Arena& arena) {
       phi *= 1 + row[0];
     }
     form.leave(batch, state + (form.state_rows - form.rows) * B<T>, phi);
+    const int64_t d = job.components->d;
+    for (int64_t l = 0; l < batch.count; ++l)
+      job.status[batch.row[l]] = is_finite(job.out + batch.row[l] * d, d) ? 0 : 2;
   }
 }
 

@@ -55,7 +55,7 @@ struct FlowJob {
   const double* tableau;            // adaptive: (S + 3, S): A, nodes, b, b - bhat
   double rtol, atol;                // adaptive
   int32_t max_steps;                // adaptive
-  int8_t* status;                   // (n,) adaptive: 0 success, 1 max_steps, 2 non-finite, 3 step underflow
+  int8_t* status;                   // (n,) 0 success, 1 max_steps, 2 non-finite, 3 step underflow
   int32_t *attempts, *evaluations;  // (n,) adaptive
 };
 

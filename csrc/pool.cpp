@@ -91,13 +91,13 @@ class Pool {
         threads_.emplace_back([this, thread = int(threads_.size()) + 1] { loop(thread); });
     } catch (const std::exception&) {}  // the system gives no more: the others do the work
     body_ = &body, left_ = workers, wanted_ = threads;
+    ++round_;
     lock.unlock();
     start_.notify_all();  // without the lock, which the woken would only wait for
     lock.lock();
     work(lock);
     lock.unlock();
-    const auto enough = std::chrono::steady_clock::now() + std::chrono::microseconds(50);  // less than a sleep costs
-    while (running_ > 0 && std::chrono::steady_clock::now() < enough) std::this_thread::yield();
+    linger([this] { return running_ == 0; });
     lock.lock();
     done_.wait(lock, [this] { return running_ == 0; });
     const std::exception_ptr error = std::exchange(error_, nullptr);
@@ -123,12 +123,21 @@ class Pool {
     }
   }
 
+  // Gives the processor to others until ready() or for about as long as falling asleep and waking up would take.
+  template <class Ready>
+  static void linger(const Ready& ready) {
+    const auto enough = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    while (!ready() && std::chrono::steady_clock::now() < enough) std::this_thread::yield();
+  }
+
   void loop(int thread) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (true) {
-      start_.wait(lock, [&] { return stop_ || (left_ > 0 && thread < wanted_); });
-      if (stop_) return;
-      work(lock);
+    for (unsigned seen = round_ - 1; !stop_; seen = round_) {
+      lock.unlock();
+      linger([&] { return round_ != seen; });  // calls often follow each other
+      lock.lock();
+      start_.wait(lock, [&] { return stop_ || round_ != seen; });
+      if (thread < wanted_) work(lock);
       if (running_ == 0) done_.notify_one();
     }
   }
@@ -137,7 +146,8 @@ class Pool {
   std::condition_variable start_, done_;
   std::vector<std::thread> threads_;
   std::atomic<bool> busy_{false};
-  std::atomic<int> running_{0};  // workers begun and not done
+  std::atomic<int> running_{0};     // workers begun and not done
+  std::atomic<unsigned> round_{0};  // calls begun
   const std::function<void(int)>* body_ = nullptr;
   std::exception_ptr error_;
   int left_ = 0, wanted_ = 0;  // workers not begun, threads that may take one

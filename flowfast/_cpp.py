@@ -165,8 +165,8 @@ def flow_fixed(
     tableau: Tensor,
     *,
     form: Literal["automatic", "span", "full"] = "automatic",
-) -> Tensor:
-    """Integrate m Runge-Kutta steps given by tables, (n, d).
+) -> tuple[Tensor, Tensor]:
+    """Integrate m Runge-Kutta steps given by tables.
 
     Args:
         x: points (n, d). means: centred means (k, d). log_weights: (k,). center: (d,).
@@ -176,13 +176,13 @@ def flow_fixed(
         form: state in the span of the means, in full, or whichever is cheaper.
 
     Returns:
-        The end points, (n, d).
+        End points (n, d) and status int8 (n,): 0 success, 2 non-finite.
     """
     n, d = x.shape
     stages, steps = tableau.shape[1], h.shape[0]
     center, ends, h, coefficients, tableau = _tables(center, ends, h, coefficients, tableau)
     k, means_at, log_weights_at = _mixture(means, log_weights, x.dtype, d)
-    out = torch.empty_like(x)
+    out, status = torch.empty_like(x), torch.empty(n, dtype=torch.int8)
     _function("flow", x.dtype)(
         _address("x", x, x.dtype, (n, d)),
         out.data_ptr(),
@@ -197,14 +197,15 @@ def flow_fixed(
         _address("h", h, torch.float64, (steps,)),
         _address("coefficients", coefficients, torch.float64, (steps, stages, 4)),
         *(0.0, 0.0, 0),  # tolerances and limit of step-size control
-        *(0, 0, 0),  # no status, attempts and evaluations
+        status.data_ptr(),
+        *(0, 0),  # attempts and evaluations are known
         n,
         k,
         d,
         getattr(_core().Form, form),
         torch.get_num_threads(),
     )
-    return out
+    return out, status
 
 
 def flow_adaptive(

@@ -121,9 +121,7 @@ def solve_flow(
             mixture, process, t_from, t_to, steps or PAPER_STEPS
         )
         body = backends.serve(backend, x.device, "flow_fixed")
-        out = body.flow_fixed(start, means, log_weights, center, ends, h, coefficients, RK4)
-        finite = torch.isfinite(out.amax(1)) & torch.isfinite(out.amin(1))  # nothing of out's size
-        status = torch.where(finite, reference.SUCCESS, reference.NON_FINITE).to(torch.int8)
+        out, status = body.flow_fixed(start, means, log_weights, center, ends, h, coefficients, RK4)
         count = torch.full_like(status, len(h), dtype=torch.int32)
         evaluations = count * RK4.shape[1]
     else:

@@ -145,7 +145,7 @@ def _exact_logits(x: Tensor, means: Tensor, prior: Tensor, alpha: Tensor, std: T
 def flow_fixed(
     x: Tensor, means: Tensor, log_weights: Tensor, center: Tensor, ends: Tensor, h: Tensor,
     coefficients: Tensor, tableau: Tensor,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run m steps of the explicit Runge-Kutta method `tableau` on `dz/du = a z + b mubar(c z, r)` (Eq. 6).
 
     Args:
@@ -154,7 +154,7 @@ def flow_fixed(
         h: (m,) steps. coefficients: (m, S, 4), a, b, c, r of every stage. tableau: (S + 3, S), see tableaux.py.
 
     Returns:
-        (n, d), dtype of x.
+        End points (n, d), dtype of x, and status int8 (n,): SUCCESS or NON_FINITE.
     """
     average, stages = _averager(means, log_weights), tableau.shape[1]
     z = _enter(x, center, ends)
@@ -165,7 +165,8 @@ def flow_fixed(
             state = z + h[i] * _combine(tableau[j], rates, z)
             rates.append(a * state + b * average(c * state, r))
         z = z + h[i] * _combine(tableau[stages + 1], rates, z)
-    return _leave(z, center, ends).to(x.dtype)
+    out = _leave(z, center, ends).to(x.dtype)
+    return out, torch.where(torch.isfinite(out).all(1), SUCCESS, NON_FINITE).to(torch.int8)
 
 
 def flow_adaptive(
