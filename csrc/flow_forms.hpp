@@ -70,20 +70,20 @@ class Form {
   // state (state_rows, B) <- the start of the batch, y = x / s_from - r_from center; size2 <- |y|^2
   void enter(const Batch<T>& batch, T* state, Vec<T>* size2) {
     const T* x[B<T>];
-    double rate[B<T>], shift[B<T>];
+    T rate[B<T>], alpha[B<T>], rest[B<T>];
     for (int p = 0; p < P; ++p) size2[p] = Vec<T>{};
     for (int64_t i = 0; i < state_rows * B<T>; ++i) state[i] = 0;
     for (int64_t j = 0; j < c_.d; j += kChunk) {
       T* lanes = kSpan ? chunk_ : state + j * B<T>;
       for (int l = 0; l < B<T>; ++l) {
         const int64_t end = batch.row[l] * job_.ends_step;
-        x[l] = job_.x + batch.row[l] * c_.d + j, shift[l] = job_.ends[0][end], rate[l] = 1 / job_.ends[1][end];
+        const double s = job_.ends[1][end], from = job_.ends[0][end] * s;
+        x[l] = job_.x + batch.row[l] * c_.d + j;
+        rate[l] = T(1 / s), alpha[l] = T(from), rest[l] = T(from - double(alpha[l]));
         prefetch<0>(x[l] + kChunk, width(j + kChunk));
       }
-      rows_to_lanes(x, width(j), lanes, [&](int lane, int64_t i, Vec<T> row) {
-        for (int l = 0; l < W<T>; ++l)
-          row[l] = T(double(row[l]) * rate[lane] - shift[lane] * double(center_[j + i + l]));
-        return row;
+      rows_to_lanes(x, width(j), lanes, [&, center = center_ + j](int l, int64_t i, Vec<T> row) {
+        return centred_row(center + i, alpha[l], rest[l], row) * rate[l];
       });
       for (int p = 0; p < P; ++p)
         for (int64_t i = p * W<T>; i < width(j) * B<T>; i += B<T>) size2[p] += at(lanes + i) * at(lanes + i);

@@ -54,6 +54,14 @@ inline void transpose(Vec<T>* v) {
   }
 }
 
+// row - (alpha + rest) center (W,): error u |result|, by fused products where there are any
+template <class T>
+inline Vec<T> centred_row(const T* center, T alpha, T rest, Vec<T> row) {
+  if constexpr (kFused) return (row - alpha * at(center)) - rest * at(center);
+  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - (double(alpha) + double(rest)) * double(center[l]));
+  return row;
+}
+
 // lanes (width padded to kColumns, B) <- value(lane, j, rows[lane][j .. j + W - 1]) for columns j < width
 template <class T, class Value>
 inline void rows_to_lanes(const T* const* rows, int64_t width, T* lanes, const Value& value) {

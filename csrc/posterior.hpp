@@ -66,14 +66,6 @@ struct Scratch {
         sums(take<double>(arena, 2 * c.d + c.k)) {}
 };
 
-// row - (alpha + rest) center (W,): error u |result|, by fused products where there are any
-template <class T>
-inline Vec<T> centred_row(const T* center, T alpha, T rest, Vec<T> row) {
-  if constexpr (kFused) return (row - alpha * at(center)) - rest * at(center);
-  for (int l = 0; l < W<T>; ++l) row[l] = T(double(row[l]) - (double(alpha) + double(rest)) * double(center[l]));
-  return row;
-}
-
 template <class T>
 void enter_block(const PosteriorJob<T>& job, int64_t begin, int64_t end, Block<T>& b) {
   const Components<T>& c = *job.components;

@@ -230,6 +230,8 @@ def _at(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times) -> tu
 
 def check_times(name: str, value: Tensor, x: Tensor) -> None:
     """Refuse a time (or what was made of it) that is neither a number nor one per point of x (..., d)."""
+    if value.ndim == 0:
+        return
     try:
         fits = torch.broadcast_shapes(value.shape, x.shape[:-1]) == x.shape[:-1]
     except RuntimeError:
