@@ -24,7 +24,7 @@ from bench.peers import NotOffered, Problem, Run
 LONGEST = 20.0  # seconds of a call, beyond which a peer is skipped
 TRIAL = 16  # part of the points on which it is found out
 MOST_TURNS, FEWEST_TURNS = 200, 3
-SETTLE = 0.03  # seconds of untimed calls, at least one, before each timed one
+SETTLE = 0.12  # seconds of untimed calls, at least one, before each timed one
 SLOW = 1.0  # seconds of a call that needs no untimed one before it
 ONCE = 3.0  # seconds of a call that is timed but once, the first on all points
 HOW = (

@@ -102,7 +102,8 @@ void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_
   threads = useful_threads(threads, 4.0 * double(n) * double(k) * double(d));
   // runs of blocks long enough to share panels and make the hand-out free, short enough to balance uneven workers
   const int64_t block = kernels<T>().block, blocks = (n + block - 1) / block;
-  const int64_t grain = block * std::clamp<int64_t>(blocks / (prepared.group == 1 ? 8 * threads : threads), 1, 16);
+  const int64_t grain =
+      block * std::clamp<int64_t>(blocks / (prepared.group == 1 && blocks > 64 ? 8 * threads : threads), 1, 16);
   share(n, grain, threads, [&](Work& work, Arena& arena) { kernels<T>().posterior(job, work, arena); });
 }
 

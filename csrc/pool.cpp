@@ -91,6 +91,7 @@ class Pool {
         threads_.emplace_back([this, thread = int(threads_.size()) + 1] { loop(thread); });
     } catch (const std::exception&) {}  // the system gives no more: the others do the work
     body_ = &body, left_ = workers, wanted_ = threads;
+    processor_ = sched_getcpu();
     ++round_;
     lock.unlock();
     start_.notify_all();  // without the lock, which the woken would only wait for
@@ -134,7 +135,8 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     for (unsigned seen = round_ - 1; !stop_; seen = round_) {
       lock.unlock();
-      linger([&] { return round_ != seen; });  // calls often follow each other
+      // calls often follow each other; a thread on the caller's own processor sleeps, to be woken on a free one
+      linger([&] { return round_ != seen || sched_getcpu() == processor_; });
       lock.lock();
       start_.wait(lock, [&] { return stop_ || round_ != seen; });
       if (thread < wanted_) work(lock);
@@ -147,6 +149,7 @@ class Pool {
   std::vector<std::thread> threads_;
   std::atomic<bool> busy_{false};
   std::atomic<int> running_{0};     // workers begun and not done
+  std::atomic<int> processor_{-1};  // of the caller
   std::atomic<unsigned> round_{0};  // calls begun
   const std::function<void(int)>* body_ = nullptr;
   std::exception_ptr error_;
