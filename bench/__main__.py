@@ -48,9 +48,10 @@ def main() -> int:
         for count, found in report["ceilings"].items():
             shown = ", ".join(f"{name} {1e-9 * x:.4g} G/s" for name, x in found.items())
             console.print(f"ceilings, {count} threads: {shown}")
-    report |= {"red": sorted(red), "complete": False, "cases": {}}
     name = re.sub("[^a-z0-9]+", "-", report["processor"].lower()).strip("-")
     path = options.out / f"{name}-{options.device}.json"
+    cases, complete = kept(path, report["versions"]) if options.case else ({}, False)
+    report |= {"red": sorted(red), "complete": complete, "cases": cases}
     warnings.filterwarnings("ignore", module="torch|jax|torchode|pykeops|sklearn")
     for name in chosen:
         unsure = red & set(gate.operations(name))
@@ -63,10 +64,20 @@ def main() -> int:
         console.print(own.table(result) if name in own.NAMES else table(result))
         write(path, report)  # a run that is stopped keeps what it has
         gc.collect()
-    report |= {"complete": True, "load_after": os.getloadavg()[0], "seconds": round(time.perf_counter() - start)}
+    report |= {
+        "complete": complete or not options.case,
+        "load_after": os.getloadavg()[0],
+        "seconds": round(time.perf_counter() - start),
+    }
     write(path, report)
     console.print(f"written after {report['seconds']} s, load {report['load_after']:.1f}: {path}")
     return 1 if red else 0
+
+
+def kept(path: Path, versions: dict[str, str]) -> tuple[dict[str, Any], bool]:
+    """Cases that a file holds already and whether they were all, where the same versions measured them."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    return (old["cases"], old["complete"]) if old.get("versions") == versions else ({}, False)
 
 
 def timed(name: str, options: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:

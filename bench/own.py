@@ -42,14 +42,14 @@ def measure(name: str, *, seconds: float, quick: bool = False) -> dict[str, Any]
 
 
 def growth(*, seconds: float, quick: bool = False) -> dict[str, Any]:
-    """Flow time per trajectory beyond a copy of x into new memory, and its ratio to that in the fewest dimensions."""
+    """Flow time per trajectory beyond a copy of x into memory in use; its ratio to that in the fewest dimensions."""
     n = POINTS // 16 if quick else POINTS
     turns: dict[str, Callable[[], float]] = {}
     for d in DIMENSIONS:
         mixture, process = flowfast.GaussianMixture.random(COMPONENTS, d), flowfast.OUProcess(cases.BETA)
         x = process.marginal(mixture, 1.0).sample(n, generator=torch.Generator().manual_seed(1))
         flow = partial(flowfast.flow_map, x, mixture, process, 1.0, 0.0)
-        turns[f"d={d}, copy"] = partial(turn, x.clone)
+        turns[f"d={d}, copy"] = partial(turn, partial(x.clone().copy_, x))
         turns[f"d={d}, flowfast"] = partial(turn, partial(flow, method="paper", steps=cases.STEPS))
         turns[f"d={d}, flowfast, adaptive"] = partial(turn, flow)
     rows = {name: _row(taken) for name, taken in take_turns(turns, seconds).items()}
