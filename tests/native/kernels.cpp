@@ -126,11 +126,12 @@ struct Case {
     std::memcpy(embedded.data(), kEmbedded, sizeof kEmbedded);
     for (int64_t i = 0; i < m; ++i) h[i] = 0.1;
     for (int64_t i = 0; i < m * 16; ++i) coefficients[i] = i % 4 == 0 ? -0.1 : 0.7;
+    Guarded<int8_t> status(n, side);
     FlowJob<T> job = flow_job(fixed, classical);
-    job.steps = m;
+    job.steps = m, job.status = status.data();
     flow<T>(job, means.data(), log_weights.data(), coefficients.data(), h.data(), n, k, d, form, threads);
     keep(fixed, "flow_fixed");
-    Guarded<int8_t> status(n, side);
+    for (int64_t i = 0; i < n; ++i) require(status[i] == 0, "status of fixed steps", n, k, d);
     Guarded<int32_t> attempts(n, side), evaluations(n, side);
     job = flow_job(adaptive, embedded);
     job.rtol = 1e-2, job.atol = 1e-3, job.max_steps = 500;
