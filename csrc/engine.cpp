@@ -12,6 +12,7 @@ namespace {
 
 constexpr double kFlopsPerThread = 2e6;    // below this, waking another thread costs more than it saves
 constexpr size_t kPackedBytes = 48 << 20;  // larger mixtures are packed panel by panel, unless a flow needs all panels
+constexpr size_t kLargeOutput = 4 << 20;   // a larger one leaves the caches anyway
 constexpr size_t kSecondCache = 1 << 19;   // panels that fit are read again for every block of points
 constexpr int64_t kMaxStages = 16, kSampled = 1024;
 
@@ -100,6 +101,9 @@ void posterior(PosteriorJob<T> job, const T* means, const T* log_weights, int64_
   const Prepared<T> prepared(means, log_weights, k, d, true, job.output == Output::weights ? 0 : kPackedBytes);
   job.components = &prepared;
   threads = useful_threads(threads, 4.0 * double(n) * double(k) * double(d));
+  // one core alone waits for such writes, several together save the reading of what they overwrite
+  job.past_caches = threads > 1 && size_t(n * width) * sizeof(T) > kLargeOutput && uintptr_t(job.out) % 64 == 0 &&
+                    width % kColumns == 0;
   // runs of blocks long enough to share panels and make the hand-out free, short enough to balance uneven workers
   const int64_t block = kernels<T>().block, blocks = (n + block - 1) / block;
   const int64_t grain =

@@ -36,6 +36,7 @@ struct PosteriorJob {
   const double *alpha, *std;     // (n,) or (1,)
   int64_t alpha_step, std_step;  // 1 or 0
   T* out;                        // (n,) log_density, trace; (n, d) score, posterior_mean, hvp; (n, k) weights
+  bool past_caches;              // (n, d): whether rows leave past the caches; they are whole cache lines then
 };
 
 // One trajectory per row. gram == nullptr selects the full form, otherwise the span of the means carries the state.

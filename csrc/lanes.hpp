@@ -77,9 +77,9 @@ inline void rows_to_lanes(const T* const* rows, int64_t width, T* lanes, const V
     }
 }
 
-// rows[lane][j] <- lanes (width, B), j < width, lane < count
+// rows[lane][j] <- lanes (width, B), j < width, lane < count; past the caches where the rows are whole registers
 template <class T>
-inline void lanes_to_rows(const T* lanes, int64_t width, int64_t count, T* const* rows) {
+inline void lanes_to_rows(const T* lanes, int64_t width, int64_t count, T* const* rows, bool past_caches = false) {
   for (int64_t start = 0; start < count; start += W<T>)
     for (int64_t j = 0; j < width; j += W<T>) {
       Vec<T> v[W<T>];
@@ -88,6 +88,8 @@ inline void lanes_to_rows(const T* lanes, int64_t width, int64_t count, T* const
       T* const* to = rows + start;
       if (start + W<T> > count || j + W<T> > width)
         for (int64_t i = 0; i < W<T> && start + i < count; ++i) store(v[i], to[i] + j, width - j);
+      else if (past_caches)
+        for (int i = 0; i < W<T>; ++i) stream_to(&at(to[i] + j), v[i]);
       else
         for (int i = 0; i < W<T>; ++i) store(v[i], to[i] + j);
     }

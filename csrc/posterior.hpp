@@ -205,7 +205,7 @@ void write_block(const PosteriorJob<T>& job, double radius, const Vec<T>* allow,
     if (job.output == Output::score) finish_columns<Output::score>(c, radius, allow, b, again);
     if (job.output == Output::posterior_mean) finish_columns<Output::posterior_mean>(c, radius, allow, b, again);
     if (job.output == Output::hvp) finish_columns<Output::hvp>(c, radius, allow, b, again);
-    lanes_to_rows(b.mean, c.d, b.count, rows);
+    lanes_to_rows(b.mean, c.d, b.count, rows, job.past_caches);
   }
 }
 
@@ -262,14 +262,14 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
     if (job.output == Output::hvp)
       blocks[i].directions = blocks[i].mean + group * wide, blocks[i].through = blocks[i].directions + group * wide;
   }
-  const bool wide_rows = job.output != Output::log_density && job.output != Output::trace;
+  const bool write_soon = job.output != Output::log_density && job.output != Output::trace && !job.past_caches;
   int64_t begin, end;
   while (next_rows(work, begin, end))
     for (; begin < end; begin += group * B<T>) {
       int64_t used = 0;
       for (; used < group && begin + used * B<T> < end; ++used)
         enter_block(job, begin + used * B<T>, end, blocks[used]);
-      if (group == 1 && wide_rows) prefetch<1>(job.out + begin * c.d, blocks[0].count * c.d);
+      if (group == 1 && write_soon) prefetch<1>(job.out + begin * c.d, blocks[0].count * c.d);
       const int64_t next = begin + used * B<T>, left = end - next;  // rows to ask for while these are worked on
       const Ahead<T> rows{job.x + next * c.d, (left < B<T> ? left : B<T>)*c.d};
       for (int64_t first = 0; first < c.k; first += kPanel<T>) {
@@ -279,6 +279,7 @@ void posterior(const PosteriorJob<T>& job, Work& work, Arena& arena) {
       }
       for (int64_t i = 0; i < used; ++i) leave_block(job, panels.radius(), scratch, blocks[i]);
     }
+  drain();
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

@@ -171,6 +171,19 @@ def test_threads_give_the_same_bits(dtype: torch.dtype) -> None:
         assert all(a.equal(b) for a, b in zip(results[0], result, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_outputs_past_the_caches_have_the_same_bits(dtype: torch.dtype) -> None:
+    """Several threads write more than 4 MiB past the caches, one does not; 33 is no multiple of a register."""
+    means, log_weights = make(20, 64, dtype)
+    alpha, std = scalars(0.15, 0.99)
+    x = points(means, 20_033, alpha, std)
+    torch.set_num_threads(2)
+    several = bodies(x, x, means, log_weights, alpha, std)
+    torch.set_num_threads(1)
+    for name, out in bodies(x, x, means, log_weights, alpha, std).items():
+        assert out.equal(several[name]), name
+
+
 def test_a_mixture_too_large_to_be_packed_at_once() -> None:
     """Above 48 MiB the panels are packed by each worker, and several blocks of points share one."""
     g = torch.Generator().manual_seed(3)
