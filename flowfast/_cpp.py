@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 def available() -> bool:
     """Whether the extension is built."""
-    return importlib.util.find_spec("flowfast._core") is not None
+    return "flowfast._core" in sys.modules or importlib.util.find_spec("flowfast._core") is not None
 
 
 def missing_message() -> str:

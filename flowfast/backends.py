@@ -13,6 +13,7 @@ import torch
 from flowfast import _cpp, _triton, reference
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
+_NATURAL = {"cpu": "cpp", "cuda": "triton"}
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -32,18 +33,18 @@ def choose(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "reference":
         return "reference"
+    kind = device.type  # a new string at every reading
     if backend == "auto":
-        natural = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
-        if natural is None:
-            raise ValueError(f"no compiled backend serves device {device.type!r}: pass backend='reference'")
-        backend = natural
+        if kind not in _NATURAL:
+            raise ValueError(f"no compiled backend serves device {kind!r}: pass backend='reference'")
+        backend = _NATURAL[kind]
     if backend == "cpp":
-        if device.type != "cpu":
+        if kind != "cpu":
             raise ValueError(f"backend 'cpp' works on CPU tensors, x is on {device}: move x or use backend='auto'")
         if not _cpp.available():
             raise ValueError(_cpp.missing_message())
         return "cpp"
-    if device.type != "cuda" and not _triton.interpreting():
+    if kind != "cuda" and not _triton.interpreting():
         raise ValueError(f"backend 'triton' works on CUDA tensors, x is on {device}: move x or use backend='auto'")
     if not _triton.available():
         raise ValueError(_triton.missing_message())

@@ -160,7 +160,9 @@ def _pointwise(
     rows = rows if rows.dtype == dtype else rows.to(dtype)
     if alpha is None or std is None:
         alpha = _ONE if x.is_cpu else _ONE.to(x.device)
-        std = mixture.std.to(x.device, torch.float64)
+        std = mixture.std
+        if std.dtype != torch.float64 or not x.is_cpu:
+            std = std.to(x.device, torch.float64)
     else:
         alpha, std = _flat(alpha, x), _flat(std, x)
     means, log_weights = mixture.means, mixture.log_weights_in(dtype)
