@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowfast"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+LAUNCHES = sorted((ROOT / "kernels" / "launches").glob("*.json"))
 
 # Bottom first; a room imports only rooms of lower floors. mixture is a room of two modules.
 FLOORS = (
@@ -140,7 +141,7 @@ def test_every_package_and_its_data_is_installed(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     installed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     expected = {f"flowfast/{path.relative_to(PACKAGE)}" for path in MODULES}
-    expected |= {f"flowfast/kernels/{path.relative_to(ROOT / 'kernels')}" for path in KERNELS}
+    expected |= {f"flowfast/kernels/{path.relative_to(ROOT / 'kernels')}" for path in KERNELS + LAUNCHES}
     expected |= {f"flowfast/report/{path.name}" for path in (PACKAGE / "report").glob("*.html*")} | {
         "flowfast/py.typed"
     }

@@ -1,0 +1,69 @@
+"""Launch configurations: looked up in a table, never searched for at run time.
+
+`launches/<kernel>.json` holds a list of rows; the first that fits is taken, so rows for one GPU stand before the
+fallback of gpu "*". `python -m bench.tune` measures and writes rows.
+
+    {"gpu": "NVIDIA H200", "dtype": "float32", "most_d": 64, "blocks": {"BLOCK_N": 64}, "warps": 4, "stages": 2}
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TABLES = Path(__file__).with_name("launches")
+
+
+class Launch(NamedTuple):
+    """What a kernel is compiled for: sizes of its tiles by name, warps of a program, stages of its loads."""
+
+    blocks: Mapping[str, int]
+    warps: int
+    stages: int
+
+
+class Variant(NamedTuple):
+    """One configuration that is shipped, as the ahead-of-time compiler wants it; see tests/test_triton_compile.py.
+
+    Attributes:
+        name: unique, for tests and the table in docs/kernels.md.
+        kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32" or "i32".
+        constants: of the `tl.constexpr` arguments. launch: of the table. products: whether it must use tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    launch: Launch
+    products: bool = False
+
+
+@functools.cache
+def launch(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
+    """The row of `kernel` for this dtype, dimension and GPU ("" where it is interpreted).
+
+    Raises:
+        LookupError: no row fits, not even the fallback.
+    """
+    for row in rows(kernel):
+        if row["gpu"] in (gpu, "*") and row["dtype"] == str(dtype)[6:] and d <= row["most_d"]:
+            return Launch(row["blocks"], row["warps"], row["stages"])
+    raise LookupError(f"{kernel} has no launch configuration for {dtype}, d = {d} on {gpu or 'the interpreter'}")
+
+
+@functools.cache
+def rows(kernel: str) -> list[dict[str, Any]]:
+    """The table of `kernel`, in the order in which it is searched."""
+    table: list[dict[str, Any]] = json.loads((TABLES / f"{kernel}.json").read_text())
+    return table
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name of the GPU, as the tables have it; "" for the CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
