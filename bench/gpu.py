@@ -26,7 +26,6 @@ from bench import gpu_cases, gpu_measure, gpu_report, gpu_steps
 from bench.gpu_jobs import Job, Row, replace_file, run_jobs
 from flowfast.experiments.machine import PACKAGES, machine, versions
 
-WIDTH = 8  # programs at a time on a GPU, where they are not timed
 NOTHING_SELECTED = 5  # pytest's exit code
 PEERS = ("triton", "jax", "jaxlib", "diffrax", "torchdiffeq", "pykeops")
 
@@ -73,7 +72,7 @@ class Run:
             step |= {"state": "absent", "summary": "no C++ compiler"}
             return
         found = run_jobs(
-            jobs, limit=self.setup.limit(name), width=1 if self.setup.rehearsal else WIDTH,
+            jobs, limit=self.setup.limit(name), width=1 if self.setup.rehearsal else gpu_steps.WIDTH,
             folder=self.setup.scratch,
             watch=partial(self._keep, name, step),
         )  # fmt: skip

@@ -39,7 +39,7 @@ def names(*, tiny: bool) -> list[str]:
     return [*(problems.TINY if tiny else problems.SHAPES), REST]
 
 
-def pointwise(shape: str, *, device: str, tiny: bool, part: Part) -> None:
+def pointwise(shape: str, modes: Sequence[str], *, device: str, tiny: bool, part: Part) -> None:
     """A row of errors for every sigma0, kind of points, operation and mode."""
     size = (problems.TINY if tiny else problems.SHAPES)[shape]
     for sigma0 in problems.SIGMAS[:: 3 if tiny else 1]:
@@ -50,7 +50,7 @@ def pointwise(shape: str, *, device: str, tiny: bool, part: Part) -> None:
             for operation, compute in problems.OPERATIONS.items():
                 exact = compute(problems.given(operation, single).double(), "reference")
                 wide = compute(problems.given(operation, double), "reference")
-                for mode in problems.MODES:
+                for mode in modes:
                     inputs, truth, scale = (
                         (double, wide, of_double) if mode == "float64" else (single, exact, of_single)
                     )
@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("job", choices=[*problems.SHAPES, *problems.TINY, REST])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
+    parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES, help="only these")
     parser.add_argument("--part", type=Path, help="file of the rows")
     options = parser.parse_args(arguments)
     part, begin = Part(options.part), time.perf_counter()
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.job == REST:
             flows(device=options.device, tiny=options.tiny, part=part)
         else:
-            pointwise(options.job, device=options.device, tiny=options.tiny, part=part)
+            pointwise(options.job, options.mode, device=options.device, tiny=options.tiny, part=part)
     wrong = [row for row in part.rows if row.get("ok") is False]
     print(f"{options.job}: {len(part.rows)} rows, {len(wrong)} wrong, {time.perf_counter() - begin:.1f} s")
     for row in wrong:

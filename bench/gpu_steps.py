@@ -12,8 +12,10 @@ from pathlib import Path
 
 from bench import gpu_accuracy, gpu_hazards, gpu_measure
 from bench.gpu_jobs import ROOT, Job, Row
+from bench.gpu_problems import MODES
 
 LIMITS = {"build": 50, "tests": 120, "accuracy": 60, "hazards": 45, "sanitizer": 55, "benchmark": 235}  # seconds
+WIDTH = 16  # programs at a time on a GPU, where they are not timed: each compiles kernels on a core of its own
 OVERHEAD = 20  # seconds beside the steps: imports, ending what is late
 TESTS = ("tests/test_operators.py", "tests/test_ops.py")  # beside the Triton ones: they use torch's private functions
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -64,18 +66,20 @@ def build(setup: Setup) -> list[Job]:
 
 
 def tests(setup: Setup) -> list[Job]:
-    """A program per file of tests; the rehearsal runs a few of each, since `make test` runs all of them."""
+    """The tests in parts; the rehearsal runs a few, since `make test` runs all of them."""
     files = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton*.py")), *TESTS]
     command = [sys.executable, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "-p", "no:torchtyping"]
-    command += ["-k", "rows"] if setup.rehearsal else []
-    return [
-        Job(file, (*command, f"--junitxml={junit(setup, file)}", file), None, setup.environment()) for file in files
-    ]
+    command += ["-p", "bench.gpu_shard", *(["-k", "rows"] if setup.rehearsal else [])]
+    count, jobs = 1 if setup.rehearsal else WIDTH, []
+    for i in range(count):
+        name, environment = f"part {i + 1} of {count}", setup.environment() | {"FLOWFAST_SHARD": f"{i}/{count}"}
+        jobs.append(Job(name, (*command, f"--junitxml={junit(setup, name)}", *files), None, environment))
+    return jobs
 
 
-def junit(setup: Setup, file: str) -> Path:
-    """Where pytest writes what it found in a file of tests."""
-    return setup.scratch / f"{Path(file).stem}.xml"
+def junit(setup: Setup, job: str) -> Path:
+    """Where pytest writes what it found in a part of the tests."""
+    return setup.scratch / f"{job}.xml"
 
 
 def tests_of(path: Path) -> Row:
@@ -92,9 +96,16 @@ def tests_of(path: Path) -> Row:
 
 
 def accuracy(setup: Setup) -> list[Job]:
-    """A program per shape, and one for flows and the diameter."""
-    names = gpu_accuracy.names(tiny=setup.rehearsal)
-    return [setup.job(name, "bench.gpu_accuracy", [name], setup.scratch / f"accuracy-{name}.json") for name in names]
+    """A program per shape and mode, since each compiles its kernels, and one for flows and the diameter."""
+    names = [name for name in gpu_accuracy.names(tiny=setup.rehearsal) if name != gpu_accuracy.REST]
+    modes = [MODES] if setup.rehearsal else [(mode,) for mode in MODES]
+    asked = [(gpu_accuracy.REST, MODES), *((name, some) for name in reversed(names) for some in modes)]
+    jobs = []
+    for name, some in asked:
+        job = " ".join((name, *some)) if len(some) == 1 else name
+        arguments, part = [name, "--mode", *some], setup.scratch / f"accuracy {job}.json"
+        jobs.append(setup.job(job, "bench.gpu_accuracy", arguments, part))
+    return jobs
 
 
 def hazards(setup: Setup) -> list[Job]:
