@@ -134,13 +134,7 @@ def _flow(x: Tensor, mixture: flowfast.GaussianMixture, exact: Tensor, steps: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One job: exit code 1 when a row is outside what is allowed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_accuracy", description=__doc__)
-    parser.add_argument("job", choices=[*problems.SHAPES, *problems.TINY, REST])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
-    parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES, help="only these")
-    parser.add_argument("--part", type=Path, help="file of the rows")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     part, begin = Part(options.part), time.perf_counter()
     with torch.no_grad():
         if options.job == REST:
@@ -152,6 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(row)
     return 1 if wrong else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_accuracy", description=__doc__)
+    parser.add_argument("job", choices=[*problems.SHAPES, *problems.TINY, REST])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
+    parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES, help="only these")
+    parser.add_argument("--part", type=Path, help="file of the rows")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -189,14 +189,7 @@ def _best(run: Callable[[], Any], cuda: bool) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The ceilings and the cases that are asked for: exit code 1 when one of ours failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_measure", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
-    parser.add_argument("--part", type=Path, help="file of the rows")
-    parser.add_argument("--case", nargs="+", default=[w.name for w in gpu_cases.WORKLOADS], help="only these")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of turns per contender of a case")
-    parser.add_argument("--total", type=float, default=240.0, help="seconds after which no contender is begun")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     part, end = Part(options.part), time.monotonic() + options.total
     warnings.filterwarnings("ignore")  # the peers': their results are compared all the same
     failed = False
@@ -216,6 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             del case
             gc.collect()
     return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_measure", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
+    parser.add_argument("--part", type=Path, help="file of the rows")
+    parser.add_argument("--case", nargs="+", default=[w.name for w in gpu_cases.WORKLOADS], help="only these")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of turns per contender of a case")
+    parser.add_argument("--total", type=float, default=240.0, help="seconds after which no contender is begun")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
