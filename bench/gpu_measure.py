@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,25 @@ def measure(case: Case, *, seconds: float, until: float, rates: dict[str, float]
     samples = timing.take_turns(turns, seconds)
     rows = {name: first[name] | _numbers(case, case.contenders[name], samples[name], rates) for name in samples}
     return {"case": case.workload.name, "title": case.title, "contenders": rows, "absent": absent, "failed": failed}
+
+
+def first_round(case: Case, timed: Callable[[Case], Row]) -> Row:
+    """Ours and torch's, kept at once: libraries with an own runtime can take the program down."""
+    own = {name: one for name, one in case.contenders.items() if not one.foreign}
+    row = timed(replace(case, contenders=own)) | {"written": case.written, "complete": False}
+    row["absent"] |= dict.fromkeys(case.contenders.keys() - own.keys(), "its program ended before it was timed")
+    return row
+
+
+def second_round(case: Case, timed: Callable[[Case], Row], first: Row) -> Row:
+    """The first round's row with those of other libraries added, which took turns with ours."""
+    others = {name: one for name, one in case.contenders.items() if one.foreign}
+    ours = {name: one for name, one in case.contenders.items() if name in first["contenders"] and one.ours}
+    second = timed(replace(case, contenders=ours | others))
+    ran = {name: one for name, one in second["contenders"].items() if name in others}
+    absent = {name: why for name, why in first["absent"].items() if name not in others}
+    absent |= {name: why for name, why in second["absent"].items() if name in others}
+    return {**first, "contenders": first["contenders"] | ran, "absent": absent, "complete": True}
 
 
 def begin(case: Case, contender: Contender) -> tuple[Run, Row]:
@@ -198,14 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.add(ceilings=rates)
         for done, name in enumerate(options.case):
             begin = time.monotonic()
-            part.add(begun=name)
             case = gpu_cases.named(name, device=options.device, tiny=options.tiny)
-            until = begin + 1.5 * (end - begin) / (len(options.case) - done)
-            row = measure(case, seconds=options.seconds, until=min(until, end), rates=rates)
-            part.rows.pop()
-            part.add(**row, seconds=round(time.monotonic() - begin, 1), written=case.written)
+            until = min(end, begin + 1.5 * (end - begin) / (len(options.case) - done))
+            timed = partial(measure, seconds=options.seconds, until=until, rates=rates)
+            row = part.add(**first_round(case, timed))
+            if options.foreign:
+                part.rows.pop()
+                row = part.add(**second_round(case, timed, row))
             failed |= bool(row["failed"])
-            print(row["title"], {who: one["median"] for who, one in row["contenders"].items()}, row["absent"])
+            print(f"{row['title']}: {time.monotonic() - begin:.1f} s")
             del case
             gc.collect()
     return 1 if failed else 0
@@ -218,6 +239,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes, for the interpreter")
     parser.add_argument("--part", type=Path, help="file of the rows")
     parser.add_argument("--case", nargs="+", default=[w.name for w in gpu_cases.WORKLOADS], help="only these")
+    parser.add_argument("--no-foreign", dest="foreign", action="store_false", help="without JAX, KeOps and diffrax")
     parser.add_argument("--seconds", type=float, default=0.5, help="of turns per contender of a case")
     parser.add_argument("--total", type=float, default=240.0, help="seconds after which no contender is begun")
     return parser.parse_args(arguments)

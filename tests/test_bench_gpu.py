@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import flowfast
 from bench import (
     gpu,
     gpu_accuracy,
@@ -29,9 +30,10 @@ from bench import (
     gpu_report,
     gpu_shard,
     gpu_steps,
+    peers,
 )  # fmt: skip
 from bench.gpu_jobs import Job
-from bench.peers import NotOffered
+from bench.peers import NotOffered, Problem
 
 # The interpreter computes with NumPy, which warns where a GPU says inf or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,21 +99,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Run:
 def test_a_benchmark_whose_program_dies_goes_on_after_the_case(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def benchmark(setup: gpu_steps.Setup, attempt: int, cases: list[str], seconds: float) -> Job:
+    def benchmark(setup: gpu_steps.Setup, attempt: int, cases: list[str], seconds: float, *, foreign: bool) -> Job:
+        """Dies in a peer's library after two cases, and in the next one's first round."""
         asked.append(list(cases))
-        done = cases[:2] if attempt == 0 else cases
+        assert foreign == (attempt == 0)
         script = "part.add(ceilings={});"
-        for name in done:
+        for name in (cases[:2], cases[:1], cases)[attempt]:
             row = {"case": name, "title": name, "contenders": {}, "absent": {}, "failed": [], "written": 1.0}
-            script += f"part.add(**{row!r});"
-        script += "import os; part.add(begun='next'); os._exit(3)" if attempt == 0 else ""
+            script += f"part.add(**{row!r}, complete={attempt > 0});"
+        script += "import os; os._exit(3)" if attempt < 2 else ""
         return _job(f"benchmark {attempt}", script, setup.scratch / f"{attempt}.json")
 
     monkeypatch.setattr(gpu_steps, "benchmark", benchmark)
     run.step("benchmark")
     names, step = [w.name for w in gpu_cases.WORKLOADS], run.report["steps"]["benchmark"]
-    assert asked == [names, names[3:]] and [row["case"] for row in run.cases] == names[:2] + names[3:]
-    assert step["state"] == "failed" and step["wrong"] == [f"{names[2]}: its program ended with exit code 3"]
+    assert asked == [names, names[2:], names[4:]] and [row["case"] for row in run.cases] == names[:3] + names[4:]
+    assert step["state"] == "failed" and step["wrong"] == [f"{names[3]}: its program ended with exit code 3"]
     written = json.loads((run.out / "nvidia-h200-cuda.json").read_text())
     assert len(written["cases"]) == len(names) - 1 and written["rehearsal"] is False
     assert sorted(path.name for path in run.out.iterdir()) == [
@@ -196,7 +199,11 @@ def test_every_job_of_every_step_can_be_parsed(tmp_path: Path) -> None:
     """The commands that a GPU machine would run name files and options that exist."""
     setup = gpu_steps.Setup("cuda", tmp_path)
     assert len(gpu_steps.accuracy(setup)) == len(gpu_problems.SHAPES) * len(gpu_problems.MODES) + 1
-    jobs = [*gpu_steps.accuracy(setup), *gpu_steps.hazards(setup), gpu_steps.benchmark(setup, 0, ["digits"], 100.0)]
+    jobs = [
+        *gpu_steps.accuracy(setup),
+        *gpu_steps.hazards(setup),
+        gpu_steps.benchmark(setup, 0, ["digits"], 9.0, foreign=False),
+    ]
     modules = {"bench.gpu_accuracy": gpu_accuracy, "bench.gpu_hazards": gpu_hazards, "bench.gpu_measure": gpu_measure}
     for job in jobs:
         options = modules[job.command[2]].parse(job.command[3:])  # type: ignore[attr-defined]
@@ -272,6 +279,47 @@ def test_contenders_are_measured_and_the_others_named() -> None:
     assert set(late["absent"].values()) == {"no time left in this run"} and not late["contenders"]
     report = {"accuracy": [], "aims": gpu_report.verdicts([row]), "steps": {}}
     assert len(gpu_report.tables(report, [row])) == 4
+
+
+def test_other_libraries_are_timed_in_a_round_of_their_own() -> None:
+    case = gpu_cases.named("digits", device="cpu", tiny=True)
+    eager = case.contenders["torch eager"]
+    few = {"flowfast": replace(eager, ours=True), "torch eager": eager, "JAX": replace(eager, foreign=True)}
+    case = replace(case, contenders={**few, "KeOps": gpu_peers.Contender(gpu_peers.captured, foreign=True)})
+    asked: list[list[str]] = []
+
+    def timed(part: gpu_cases.Case) -> dict[str, Any]:
+        asked.append(list(part.contenders))
+        return gpu_measure.measure(part, seconds=0.0, until=time.monotonic() + 100, rates=RATES)
+
+    first = gpu_measure.first_round(case, timed)
+    assert list(first["contenders"]) == ["flowfast", "torch eager"] and not first["complete"]
+    assert set(first["absent"]) == {"JAX", "KeOps"}
+    second = gpu_measure.second_round(case, timed, first)
+    assert asked == [["flowfast", "torch eager"], ["flowfast", "JAX", "KeOps"]] and second["complete"]
+    assert list(second["contenders"]) == [*few] and second["absent"] == {"KeOps": "needs a GPU"}
+    assert second["contenders"]["flowfast"] == first["contenders"]["flowfast"]
+
+
+def test_device_mix_ups_show_without_a_device() -> None:
+    """Between elements the meta device refuses what CUDA refuses: an operand on the CPU that is more than a number."""
+    s = gpu_problems.setting(8, 5, 4, 0.1, device="meta")
+    with pytest.raises(RuntimeError):
+        s.x * torch.ones(1, 4)
+    scales = gpu_problems.scales(s.double())
+    for name, compute in gpu_problems.OPERATIONS.items():
+        exact = compute(gpu_problems.given(name, s).double(), "reference")
+        assert gpu_problems.row_errors(exact.float(), exact, scales[name]).device.type == "meta"
+    law = flowfast.OUProcess(5.0).marginal(s.mixture, 0.3)
+    for operation in ("score", "flow"):
+        problem = Problem(operation, s.x, law.means, float(law.std), steps=2)
+        for build in (peers.lean, peers.scripts, gpu_peers.sdpa):
+            if operation == "score" or build is not gpu_peers.sdpa:
+                assert build(problem)().device.type == "meta"
+    flow = flowfast.solve_flow(
+        s.x, s.mixture, flowfast.OUProcess(5.0), 1.0, 0.0, method="paper", steps=2, backend="reference"
+    )
+    assert flow.x.device.type == flow.status.device.type == "meta"
 
 
 def test_rows_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
