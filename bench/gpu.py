@@ -26,6 +26,7 @@ from bench import gpu_cases, gpu_measure, gpu_report, gpu_steps
 from bench.gpu_jobs import Job, Row, replace_file, run_jobs
 from flowfast.experiments.machine import PACKAGES, machine, versions
 
+NO_COMPILER = "no C++ compiler: what needs the extension is red"
 NOTHING_SELECTED = 5  # pytest's exit code
 PEERS = ("triton", "jax", "jaxlib", "diffrax", "torchdiffeq", "pykeops")
 
@@ -69,7 +70,8 @@ class Run:
         """Build, tests, accuracy or hazards: all jobs side by side, each judged by its exit code and its rows."""
         jobs: list[Job] = getattr(gpu_steps, name)(self.setup)
         if not jobs:
-            step |= {"state": "absent", "summary": "no C++ compiler"}
+            built = gpu_steps.built()
+            step |= {"state": "ok", "summary": "built before"} if built else {"state": "absent", "summary": NO_COMPILER}
             return
         found = run_jobs(
             jobs, limit=self.setup.limit(name), width=1 if self.setup.rehearsal else gpu_steps.WIDTH,

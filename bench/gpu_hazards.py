@@ -45,7 +45,7 @@ def calls(s: Setting) -> Iterator[tuple[str, str, Call]]:
     """Everything that is computed on a setting: name, mode, and the call."""
     for operation, compute in problems.OPERATIONS.items():
         for mode in problems.MODES:
-            inputs = problems.given(operation, s.double() if mode == "float64" else s)
+            inputs = problems.given(operation, _in_dtype(s, problems.MODES[mode]))
             yield operation, mode, _in_mode(compute, inputs, mode)
     for mixture, form in ((_few(s.mixture), "few components"), (s.mixture, "many components")):
         if s.mixture.dim <= 128:
@@ -53,6 +53,11 @@ def calls(s: Setting) -> Iterator[tuple[str, str, Call]]:
         if s.mixture.dim <= 128 and float(mixture.std) == 1:  # at low noise the paper's method runs away
             yield f"flow, paper's steps, {form}", "highest", partial(_flow, s, mixture, "paper")
     yield "diameter", "highest", lambda: _diameter(s)
+
+
+def _in_dtype(s: Setting, dtype: torch.dtype) -> Setting:
+    wide = torch.promote_types(dtype, torch.float32)
+    return Setting(s.mixture.to(wide), s.x.to(dtype), s.v.to(dtype), s.times)
 
 
 def _few(mixture: flowfast.GaussianMixture) -> flowfast.GaussianMixture:

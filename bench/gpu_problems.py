@@ -21,7 +21,12 @@ SHAPES = {  # points, components, dimension: small, medium and large dimensions 
 }
 TINY = {"d=3": (5, 7, 3), "d=64": (3, 4, 64), "d=300": (2, 3, 300)}  # for the interpreter
 SIGMAS = (1.0, 0.1, 1e-2, 1e-4, 1e-6)
-MODES = ("highest", "high", "float64")  # of torch.set_float32_matmul_precision, and points in float64
+MODES = {  # by torch.set_float32_matmul_precision or by the dtype of the points
+    "highest": torch.float32,
+    "high": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+}
 POINTS = ("drawn", "half-way")
 BETA = 5.0
 
@@ -58,9 +63,9 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def _score_at(s: Setting, backend: str) -> Tensor:
-    """The score as the velocity holds it, every row at a time of its own."""
-    process = flowfast.OUProcess(BETA)
-    return -flowfast.velocity(s.x, s.mixture, process, s.times, backend=backend) / BETA - s.x
+    """The score as the velocity holds it, every row at a time of its own: (n, d), float64."""
+    velocity = flowfast.velocity(s.x, s.mixture, flowfast.OUProcess(BETA), s.times, backend=backend)
+    return -velocity.double() / BETA - s.x.double()
 
 
 def setting(
@@ -70,10 +75,11 @@ def setting(
 
     Args:
         points: "drawn" from the mixture, or "half-way" between two means, every second one with noise added.
-        sigma0: standard deviation of the components.
+        sigma0: standard deviation of the components. dtype: of the points; the mixture's is float32 below that.
     """
     generator = torch.Generator().manual_seed(1)
-    mixture = flowfast.GaussianMixture.random(k, d, std=sigma0).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    mixture = flowfast.GaussianMixture.random(k, d, std=sigma0).to(wide)
     first, second = (mixture.means[torch.randint(k, (n,), generator=generator)].double() for _ in range(2))
     noise = sigma0 * torch.randn(n, d, generator=generator, dtype=torch.float64)
     if points == "half-way":
@@ -104,8 +110,8 @@ def scales(s: Setting) -> dict[str, Tensor | None]:
     """What errors are relative to, row by row (n,), from a setting in float64; None is the size of the result itself.
 
     A score is a sum of pulls towards the centres, its scale their root mean square; that of the Hessian-vector product
-    is (1 / std^2 + tr C / std^4) |v|; a mean's is the root mean square of what it averages (docs/math.md). At times,
-    sqrt(d) / std is that root mean square for points drawn from their row's law.
+    is (1 / std^2 + tr C / std^4) |v|; a mean's is the root mean square of what it averages (docs/math.md). A score at
+    times comes out of a velocity, x + score, whose scale is |x| and that root mean square, sqrt(d) / std for such points.
     """
     std = float(s.mixture.std)
     noise = flowfast.OUProcess(BETA).std(s.times, s.mixture.std)
@@ -119,7 +125,7 @@ def scales(s: Setting) -> dict[str, Tensor | None]:
         "posterior_weights": None,
         "covariance_trace": trace + std**2,
         "hessian_vector_product": (1 / std**2 + trace / std**4) * s.v.norm(dim=1),
-        "score at times": s.mixture.dim**0.5 / noise,
+        "score at times": s.mixture.dim**0.5 / noise + s.x.norm(dim=1),
     }
 
 
@@ -138,9 +144,9 @@ def finite(value: float) -> float | None:
 
 @contextlib.contextmanager
 def precision(mode: str) -> Iterator[None]:
-    """torch's setting for products of float32 matrices while this lasts; "float64" leaves the default."""
+    """torch's setting for products of float32 matrices while this lasts; a dtype leaves the default."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if mode == "float64" else mode)
+    torch.set_float32_matmul_precision(mode if mode == "high" else "highest")
     try:
         yield
     finally:
