@@ -43,6 +43,7 @@ class Run:
         self.begin, self.console = time.perf_counter(), Console(width=170, highlight=False)
         self.rows: dict[str, list[Row]] = {"accuracy": [], "hazards": [], "benchmark": []}
         self.report: dict[str, Any] = {"rehearsal": self.setup.rehearsal, "device": name_of(device), **machine()}
+        self.report["cuda"] = torch.version.cuda
         self.report["versions"] = versions(tuple(dict.fromkeys((*PACKAGES, *PEERS))))
         self.report |= {"how": gpu_measure.HOW, "budget": gpu_steps.budget(), "steps": {}}
 

@@ -111,7 +111,7 @@ def scales(s: Setting) -> dict[str, Tensor | None]:
 
     A score is a sum of pulls towards the centres, its scale their root mean square; that of the Hessian-vector product
     is (1 / std^2 + tr C / std^4) |v|; a mean's is the root mean square of what it averages (docs/math.md). A score at
-    times comes out of a velocity, x + score, whose scale is |x| and that root mean square, sqrt(d) / std for such points.
+    times comes out of a velocity, x + score: its scale is |x| and sqrt(d) / std, the root mean square for such points.
     """
     std = float(s.mixture.std)
     noise = flowfast.OUProcess(BETA).std(s.times, s.mixture.std)
@@ -125,7 +125,7 @@ def scales(s: Setting) -> dict[str, Tensor | None]:
         "posterior_weights": None,
         "covariance_trace": trace + std**2,
         "hessian_vector_product": (1 / std**2 + trace / std**4) * s.v.norm(dim=1),
-        "score at times": s.mixture.dim**0.5 / noise + s.x.norm(dim=1),
+        "score at times": s.mixture.dim**0.5 / noise + noisy(s).x.norm(dim=1),
     }
 
 

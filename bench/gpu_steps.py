@@ -20,6 +20,7 @@ WIDTH = 16  # programs at a time on a GPU, where they are not timed: each compil
 OVERHEAD = 20  # seconds beside the steps: imports, ending what is late
 TESTS = ("tests/test_operators.py", "tests/test_ops.py")  # beside the Triton ones: they use torch's private functions
 TOOLS = ("memcheck", "racecheck", "initcheck")
+SEPARATE = [["highest", "bfloat16"], ["high"], ["float64"]]  # modes with kernels of their own
 FOUND = 9  # exit code of compute-sanitizer when it has found something
 
 
@@ -111,11 +112,11 @@ def tests_of(path: Path) -> Row:
 def accuracy(setup: Setup) -> list[Job]:
     """A program per shape and mode, since each compiles its kernels, and one for flows and the diameter."""
     names = [name for name in gpu_accuracy.names(tiny=setup.rehearsal) if name != gpu_accuracy.REST]
-    modes = [[*MODES]] if setup.rehearsal else [[mode] for mode in MODES]
+    modes = [[*MODES]] if setup.rehearsal else SEPARATE
     asked = [(gpu_accuracy.REST, [*MODES]), *((name, some) for name in reversed(names) for some in modes)]
     jobs = []
     for name, some in asked:
-        job = " ".join((name, *some)) if len(some) == 1 else name
+        job = f"{name} {some[0]}"
         arguments, part = [name, "--mode", *some], setup.scratch / f"accuracy {job}.json"
         jobs.append(setup.job(job, "bench.gpu_accuracy", arguments, part))
     return jobs

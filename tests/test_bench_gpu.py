@@ -198,7 +198,8 @@ def test_shards_share_the_tests_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_job_of_every_step_can_be_parsed(tmp_path: Path) -> None:
     """The commands that a GPU machine would run name files and options that exist."""
     setup = gpu_steps.Setup("cuda", tmp_path)
-    assert len(gpu_steps.accuracy(setup)) == len(gpu_problems.SHAPES) * len(gpu_problems.MODES) + 1
+    assert len(gpu_steps.accuracy(setup)) == len(gpu_problems.SHAPES) * len(gpu_steps.SEPARATE) + 1
+    assert sorted(mode for some in gpu_steps.SEPARATE for mode in some) == sorted(gpu_problems.MODES)
     jobs = [
         *gpu_steps.accuracy(setup),
         *gpu_steps.hazards(setup),
