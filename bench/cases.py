@@ -162,6 +162,7 @@ def ours(
         return {
             "flowfast": Contender(partial(flow, method="paper", steps=STEPS), ours=True),
             "flowfast, adaptive": Contender(flow, ours=True, method="any"),
+            "flowfast, rtol 3e-8": Contender(partial(flow, rtol=3e-8, atol=3e-9), ours=True, method="any"),
         }
     if operation == "diameter":
         # a mixture remembers its diameter, so that every turn takes a fresh one

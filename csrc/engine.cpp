@@ -131,6 +131,15 @@ void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* co
     share(k, table.block, useful_threads(threads, 2.0 * double(k) * double(k) * double(d)),
           [&](Work& work, Arena& scratch) { table.gram(prepared, gram, job.k_pad, work, scratch); });
     job.gram = gram;
+    T* columns = static_cast<T*>(arena.take(size_t((k + kRows - 1) / kRows * kRows * prepared.stride) * sizeof(T)));
+    job.columns = columns;
+    for (int64_t j = 0; j < d; j += kChunk) {
+      const int64_t width = std::min(kChunk, prepared.stride - j);
+      for (int64_t i = 0; i < (k + kRows - 1) / kRows * kRows; ++i, columns += width) {
+        std::fill(columns, columns + width, T(0));
+        if (i < k) std::copy(means + i * d + j, means + i * d + std::min(j + width, d), columns);
+      }
+    }
   }
   std::vector<double> steps;
   if (job.steps > 0) steps = step_table(coefficients, h, job.tableau, job.steps, job.stages);

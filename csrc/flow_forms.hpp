@@ -3,6 +3,7 @@
 //   span: a slope is gamma, (k, B); with z = phi z_0 + sum_k c_k mean_k the state is [z . mean_k; c_k], (2 k, B).
 // Slopes are kept unnormalised: their scale, 1 / sum gamma, goes into the coefficients they are added with.
 #pragma once
+#include "rows.hpp"
 #include "softmax.hpp"
 
 namespace flowfast::FLOWFAST_ISA {
@@ -56,7 +57,7 @@ class Form {
         sum_(take<T>(arena, rows * B<T>)),
         half_norms_(take<T>(arena, rows)),
         log_weights_(take<T>(arena, rows)),
-        lanes_(take<T>(arena, (kSpan ? kChunk : kPanel<T>)*B<T>)),
+        lanes_(take<T>(arena, kSpan ? rows * kTogether * W<T> : kPanel<T> * B<T>)),
         chunk_(take<T>(arena, kChunk * B<T>)) {
     for (int64_t j = 0; j < c_.stride; ++j) center_[j] = j < c_.d ? T(job.center[j]) : T(0);
     for (int64_t k = 0; kSpan && k < rows; ++k) {
@@ -71,54 +72,82 @@ class Form {
   void enter(const Batch<T>& batch, T* state, Vec<T>* size2) {
     const T* x[B<T>];
     T rate[B<T>], alpha[B<T>], rest[B<T>];
+    for (int l = 0; l < B<T>; ++l) {
+      const int64_t end = batch.row[l] * job_.ends_step;
+      const double s = job_.ends[1][end], from = job_.ends[0][end] * s;
+      x[l] = job_.x + batch.row[l] * c_.d;
+      rate[l] = T(1 / s), alpha[l] = T(from), rest[l] = T(from - double(alpha[l]));
+    }
+    const auto start = [&, center = center_](int l, int64_t j, Vec<T> row) {
+      return centred_row(center + j, alpha[l], rest[l], row) * rate[l];
+    };
     for (int p = 0; p < P; ++p) size2[p] = Vec<T>{};
     for (int64_t i = 0; i < state_rows * B<T>; ++i) state[i] = 0;
-    for (int64_t j = 0; j < c_.d; j += kChunk) {
-      T* lanes = kSpan ? chunk_ : state + j * B<T>;
-      for (int l = 0; l < B<T>; ++l) {
-        const int64_t end = batch.row[l] * job_.ends_step;
-        const double s = job_.ends[1][end], from = job_.ends[0][end] * s;
-        x[l] = job_.x + batch.row[l] * c_.d + j;
-        rate[l] = T(1 / s), alpha[l] = T(from), rest[l] = T(from - double(alpha[l]));
-        prefetch<0>(x[l] + kChunk, width(j + kChunk));
+    if constexpr (kSpan) {
+      T *sums = lanes_, *points = chunk_;
+      for (int l = 0; l < B<T>; l += kTogether) {
+        Vec<T> square[kTogether] = {};
+        for (int64_t i = 0; i < rows * kTogether * W<T>; i += W<T>) at(sums + i) = Vec<T>{};
+        for (int64_t j = 0; j < c_.d; j += kChunk) {
+          const int64_t padded = c_.stride - j < kChunk ? c_.stride - j : kChunk;
+          for (int i = 0; i < kTogether; ++i) {
+            if (l + kTogether < B<T>) prefetch<0>(x[l + kTogether + i] + j, padded);
+            for (int64_t m = 0; m < padded; m += W<T>) {
+              const Vec<T> y = start(l + i, j + m, load(x[l + i] + j + m, c_.d - j - m));
+              at(points + i * kChunk + m) = y, square[i] += y * y;
+            }
+          }
+          add_products(job_.columns + j * rows, rows, points, padded, sums);
+        }
+        sum_columns(sums, rows, state + l);
+        for (int i = 0; i < kTogether; ++i) size2[(l + i) / W<T>][(l + i) % W<T>] = sum_lanes(square[i]);
       }
-      rows_to_lanes(x, width(j), lanes, [&, center = center_ + j](int l, int64_t i, Vec<T> row) {
-        return centred_row(center + i, alpha[l], rest[l], row) * rate[l];
-      });
+    } else {
+      rows_to_lanes(x, c_.d, state, start);
       for (int p = 0; p < P; ++p)
-        for (int64_t i = p * W<T>; i < width(j) * B<T>; i += B<T>) size2[p] += at(lanes + i) * at(lanes + i);
-      for (int64_t first = 0; kSpan && first < c_.k; first += kPanel<T>) {
-        T* dots = state + first * B<T>;
-        project(columns(first, j), width(j), lanes, dots, [&](int64_t k, auto& tile) {
-          for (int i = 0; i < int(sizeof(tile) / sizeof(Vec<T>)); ++i)
-            tile[i / P][i % P] += at(dots + k * B<T> + i * W<T>);
-        });
-      }
+        for (int64_t i = p * W<T>; i < c_.d * B<T>; i += B<T>) size2[p] += at(state + i) * at(state + i);
     }
   }
 
   // rows of out <- s_to (phi y_0 + leaving + r_to center); the full form has no phi
   void leave(const Batch<T>& batch, const T* leaving, double phi) {
-    const Vec<T> one[P] = {all(T(1)), all(T(1))};
-    int every[kPanel<T>];
+    T scale[B<T>], keep[B<T>], shift[B<T>];
     T* part[B<T>];
-    for (int i = 0; i < kPanel<T>; ++i) every[i] = i;
-    for (int l = 0; l < B<T>; ++l) part[l] = chunk_ + l * kChunk;
-    for (int64_t j = 0; j < c_.d; j += kChunk) {
-      for (int64_t first = 0; kSpan && first < c_.k; first += kPanel<T>) {
-        const Panel<T> block = columns(first, j);
-        accumulate(block, every, int(block.count), leaving + first * B<T>, lanes_, first > 0 ? one : nullptr);
-      }
-      lanes_to_rows(kSpan ? lanes_ : leaving + j * B<T>, width(j), batch.count, part);
-      for (int64_t l = 0; l < batch.count; ++l) {
-        const int64_t end = batch.row[l] * job_.ends_step, row = batch.row[l] * c_.d + j;
-        const double s = job_.ends[3][end], phi_s = kSpan ? phi * s : 0.0;
-        const T keep = T(phi_s / job_.ends[1][end]), shift = T(s * job_.ends[2][end] - phi_s * job_.ends[0][end]);
-        prefetch<0>(job_.x + row + kChunk, width(j + kChunk)), prefetch<1>(job_.out + row + kChunk, width(j + kChunk));
-        for (int64_t i = 0; i < width(j); i += W<T>) {
-          const Vec<T> y = T(s) * at(part[l] + i) + shift * at(center_ + j + i);
-          store(keep * load(job_.x + row + i, width(j) - i) + y, job_.out + row + i, width(j) - i);
+    for (int64_t l = 0; l < batch.count; ++l) {
+      const int64_t end = batch.row[l] * job_.ends_step;
+      const double s = job_.ends[3][end], phi_s = kSpan ? phi * s : 0.0;
+      scale[l] = T(s), keep[l] = T(phi_s / job_.ends[1][end]);
+      shift[l] = T(s * job_.ends[2][end] - phi_s * job_.ends[0][end]), part[l] = chunk_ + l * kChunk;
+    }
+    // numbers j .. of row l, from the same numbers of `leaving`
+    const auto put = [&, center = center_, x = job_.x, out = job_.out, d = c_.d](int64_t l, int64_t j, Vec<T> value) {
+      const int64_t at_row = batch.row[l] * d + j;
+      Vec<T> y = scale[l] * value + shift[l] * at(center + j);
+      if (kSpan) y += keep[l] * load(x + at_row, d - j);
+      store(y, out + at_row, d - j);
+    };
+    if constexpr (kSpan) {
+      for (int64_t l = 0; l < batch.count; l += kTogether)
+        for (int64_t j = 0; j < c_.d; j += kChunk) {
+          const int64_t padded = c_.stride - j < kChunk ? c_.stride - j : kChunk;
+          for (int64_t i = l + kTogether; i < batch.count && i < l + 2 * kTogether; ++i)
+            prefetch<1>(job_.out + batch.row[i] * c_.d + j, padded);
+          const auto tile = [&](auto across, int64_t m) {
+            Vec<T> value[kTogether][across];
+            weighted_means<across>(job_.columns + j * rows + m, rows, padded, leaving + l, value);
+            for (int i = 0; i < kTogether && l + i < batch.count; ++i)
+              for (int64_t c = 0; c < across && j + m + c * W<T> < c_.d; ++c) put(l + i, j + m + c * W<T>, value[i][c]);
+          };
+          int64_t m = 0;
+          for (; m + kAcross * W<T> <= padded; m += kAcross * W<T>) tile(std::integral_constant<int, kAcross>{}, m);
+          for (; m < padded; m += W<T>) tile(std::integral_constant<int, 1>{}, m);
         }
+    } else {
+      for (int64_t j = 0; j < c_.d; j += kChunk) {
+        const int64_t width = c_.d - j < kChunk ? c_.d - j : kChunk;
+        lanes_to_rows(leaving + j * B<T>, width, batch.count, part);
+        for (int64_t l = 0; l < batch.count; ++l)
+          for (int64_t i = 0; i < width; i += W<T>) put(l, j + i, at(part[l] + i));
       }
     }
   }
@@ -189,12 +218,7 @@ class Form {
   }
 
  private:
-  int64_t width(int64_t j) const { return c_.d - j < kChunk ? c_.d - j : kChunk; }
   Panel<T> panel(int64_t first) const { return panel_at(c_, first, c_.packed + first * (c_.stride + 2)); }
-  Panel<T> columns(int64_t first, int64_t j) const {  // a chunk of a panel as a panel
-    const Panel<T> p = panel(first);
-    return {p.chunk(j), p.half_norms, p.log_weights, first, p.count, p.width(j)};
-  }
   // logits -> weights in place
   void weigh(const Vec<T>* largest, Slope<T>& slope) const {
     const T window = window_;
@@ -254,7 +278,7 @@ class Form {
   const FlowJob<T>& job_;
   const Components<T>& c_;
   T *center_, *sum_, *half_norms_, *log_weights_;  // (stride,), (rows, B), (rows,), (rows,)
-  T *lanes_, *chunk_;                              // a tile of logits or a chunk; a chunk of columns, B * kChunk
+  T *lanes_, *chunk_;  // a tile of logits or sums of products; columns of points, B * kChunk
   const T window_ = T(kLog2e * __builtin_log(double(c_.k) / double(Simd<T>::eps)));  // weights left out: below eps
 };
 

@@ -23,6 +23,8 @@ struct Components {
   int64_t group;         // blocks of points that should share one reading of the panels
 };
 constexpr int64_t kColumns = 16;
+constexpr int64_t kChunk = 64;  // a dot product is a sum of partial sums of this length (error_constant relies on it)
+constexpr int64_t kRows = 4;    // components that lie together; they are padded to a multiple, without weight
 
 enum class Output { log_density, score, posterior_mean, trace, weights, hvp };
 
@@ -45,6 +47,7 @@ struct FlowJob {
   const Components<T>* components;  // center is zero: the caller's means are centred already
   const T* gram;                    // (k_pad, k_pad) means . means
   int64_t k_pad;
+  const T* columns;                 // with gram: the means in chunks of columns, see rows.hpp
   const T* x;                       // (n, d)
   T* out;                           // (n, d)
   const double* center;             // (d,)

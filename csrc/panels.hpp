@@ -10,8 +10,6 @@ namespace flowfast::FLOWFAST_ISA {
 
 template <class T>
 constexpr int64_t kPanel = 256 / sizeof(T);
-constexpr int64_t kChunk = 64;  // a dot product is a sum of partial sums of this length (error_constant relies on it)
-constexpr int64_t kRows = 4;    // rows that lie together; components are padded to a multiple, without weight
 template <class T>
 constexpr T kNoWeight = sizeof(T) == 4 ? T(-1e30) : T(-1e300);  // finite, so that differences of logits are numbers
 

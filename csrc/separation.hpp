@@ -45,7 +45,9 @@ inline double squared_distance(const T* x, const T* m, double alpha, int64_t d) 
 
 template <class T>
 inline bool is_finite(const T* x, int64_t d) {
-  return sum_terms<T>(d, [=](int64_t j) { return x[j] - x[j]; }) == 0;
+  Int<T> broken{};
+  for (int64_t j = 0; j < d; j += W<T>) broken |= load(x + j, d - j) - load(x + j, d - j) != 0;
+  return !any(broken);
 }
 
 }  // namespace flowfast::FLOWFAST_ISA

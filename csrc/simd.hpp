@@ -120,22 +120,27 @@ inline auto sum_lanes(V a) {
   for (unsigned i = 1; i < sizeof(V) / sizeof(sum); ++i) sum += a[i];
   return sum;
 }
-// The first `count` numbers of a register from or to any address; the others are zero or left alone.
+// The first `count` numbers of a register from or to any address; the others are zero or left alone. Whole registers
+// have variables of their own: one that is indexed lives in memory.
 template <class T>
 inline Vec<T> load(const T* from, int64_t count = W<T>) {
+  if (count >= W<T>) {
+    Vec<T> whole;
+    __builtin_memcpy(&whole, from, sizeof(whole));
+    return whole;
+  }
   Vec<T> value{};
-  if (count >= W<T>)
-    __builtin_memcpy(&value, from, sizeof(value));
-  else
-    for (int64_t l = 0; l < count; ++l) value[l] = from[l];
+  for (int64_t l = 0; l < count; ++l) value[l] = from[l];
   return value;
 }
 template <class T>
-inline void store(const Vec<T>& value, T* to, int64_t count = W<T>) {
-  if (count >= W<T>)
-    __builtin_memcpy(to, &value, sizeof(value));
-  else
-    for (int64_t l = 0; l < count; ++l) to[l] = value[l];
+inline void store(Vec<T> whole, T* to, int64_t count = W<T>) {
+  if (count >= W<T>) {
+    __builtin_memcpy(to, &whole, sizeof(whole));
+    return;
+  }
+  const Vec<T> value = whole;
+  for (int64_t l = 0; l < count; ++l) to[l] = value[l];
 }
 
 template <class T>
