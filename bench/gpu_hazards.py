@@ -41,17 +41,17 @@ def names(*, tiny: bool) -> list[str]:
     return [*(problems.TINY if tiny else problems.SHAPES)]
 
 
-def calls(s: Setting) -> Iterator[tuple[str, str, Call]]:
-    """Everything that is computed on a setting: name, mode, and the call."""
+def calls(s: Setting, *, tiny: bool = False) -> Iterator[tuple[str, str, Call]]:
+    """Everything that is computed on a setting: name, mode, and the call; `tiny`: less of the flows."""
     for operation, compute in problems.OPERATIONS.items():
         for mode in problems.MODES:
             inputs = problems.given(operation, _in_dtype(s, problems.MODES[mode]))
             yield operation, mode, _in_mode(compute, inputs, mode)
-    for mixture, form in ((_few(s.mixture), "few components"), (s.mixture, "many components")):
+    for mixture, form in ((_few(s.mixture), "few components"), (s.mixture, "many components"))[: 1 if tiny else 2]:
         if s.mixture.dim <= 128:
-            yield f"flow, {form}", "highest", partial(_flow, s, mixture, "snr")
+            yield f"flow, {form}", "highest", partial(_flow, s, mixture, None)
         if s.mixture.dim <= 128 and float(mixture.std) == 1:  # at low noise the paper's method runs away
-            yield f"flow, paper's steps, {form}", "highest", partial(_flow, s, mixture, "paper")
+            yield f"flow, paper's steps, {form}", "highest", partial(_flow, s, mixture, 3 if tiny else 100)
     yield "diameter", "highest", lambda: _diameter(s)
 
 
@@ -64,9 +64,11 @@ def _few(mixture: flowfast.GaussianMixture) -> flowfast.GaussianMixture:
     return flowfast.GaussianMixture(mixture.means[:20].contiguous(), mixture.std)
 
 
-def _flow(s: Setting, mixture: flowfast.GaussianMixture, method: Method) -> Tensor:
+def _flow(s: Setting, mixture: flowfast.GaussianMixture, steps: int | None) -> Tensor:
+    """End points of the default flow, or of so many of the paper's steps."""
     process, rows = flowfast.OUProcess(problems.BETA), s.x[:256]
-    return flowfast.solve_flow(rows, mixture, process, 1.0, 0.0, method=method, backend="triton").x
+    method: Method = "snr" if steps is None else "paper"
+    return flowfast.solve_flow(rows, mixture, process, 1.0, 0.0, method=method, steps=steps, backend="triton").x
 
 
 def _in_mode(compute: problems.Operation, inputs: Setting, mode: str) -> Call:
@@ -151,7 +153,7 @@ def shape(name: str, *, device: str, tiny: bool, part: Part) -> None:
     ]
     for s, named in settings:
         times = 2 if tiny else REPEATS
-        for operation, mode, call in calls(s):
+        for operation, mode, call in calls(s, tiny=tiny):
             found = checked(partial(repeats, call, times))
             part.add(check=f"{times} calls", operation=operation, mode=mode, **named, **found)
     for check, possible, function in (
@@ -173,7 +175,7 @@ def small(*, device: str, tiny: bool) -> None:
     """Every operation once on small, odd sizes, for compute-sanitizer."""
     for n, k, d, modes in SMALL[: 1 if tiny else None]:
         for sigma0 in SIGMAS:
-            for _, mode, call in calls(problems.setting(n, k, d, sigma0, device=device)):
+            for _, mode, call in calls(problems.setting(n, k, d, sigma0, device=device), tiny=tiny):
                 if mode not in modes:
                     continue
                 try:

@@ -58,12 +58,12 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def measure(case: Case, *, seconds: float, until: float, rates: dict[str, float]) -> Row:
+def measure(case: Case, *, seconds: float | None, until: float, rates: dict[str, float]) -> Row:
     """Time every contender of a case.
 
     Args:
-        seconds: of turns per contender. until: value of time.monotonic() after which nobody new is begun. rates: the
-            machine's ceilings.
+        seconds: of turns per contender; None takes the first call's, for a rehearsal. until: value of
+            time.monotonic() after which nobody new is begun. rates: the machine's ceilings.
 
     Returns:
         A row: "contenders" with numbers for each who ran, "absent" with reasons for the others, "failed" names ours
@@ -92,7 +92,9 @@ def measure(case: Case, *, seconds: float, until: float, rates: dict[str, float]
             gc.collect()
             if case.problem.x.is_cuda:
                 torch.cuda.empty_cache()
-    samples = timing.take_turns(turns, seconds)
+    samples = {name: [first[name]["first"]] for name in turns}
+    if seconds is not None:
+        samples = timing.take_turns(turns, seconds)
     rows = {name: first[name] | _numbers(case, case.contenders[name], samples[name], rates) for name in samples}
     return {"case": case.workload.name, "title": case.title, "contenders": rows, "absent": absent, "failed": failed}
 
@@ -142,7 +144,7 @@ def begin(case: Case, contender: Contender) -> tuple[Run, Row]:
         )
     )
     return run, {
-        "first": round(taken, 3),
+        "first": round(taken, 6),
         **found,
         "extra_memory": extra,
         "ours": contender.ours,
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             begin = time.monotonic()
             case = gpu_cases.named(name, device=options.device, tiny=options.tiny)
             until = min(end, begin + 1.5 * (end - begin) / (len(options.case) - done))
-            timed = partial(measure, seconds=options.seconds, until=until, rates=rates)
+            timed = partial(measure, seconds=None if options.tiny else options.seconds, until=until, rates=rates)
             row = part.add(**first_round(case, timed))
             if options.foreign:
                 part.rows.pop()

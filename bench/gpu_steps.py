@@ -154,7 +154,6 @@ def plain(setup: Setup) -> list[Job]:
 def benchmark(setup: Setup, attempt: int, cases: Sequence[str], seconds: float, *, foreign: bool) -> Job:
     """The cases, in a program that begins nothing new after `seconds`; `foreign` are JAX, KeOps and diffrax."""
     options = ["--total", f"{seconds - 10:.0f}", *["--no-foreign"] * (not foreign), "--case", *cases]
-    options += ["--seconds", "0"] if setup.rehearsal else []
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if setup.rehearsal:
         environment["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here and says nothing of a GPU

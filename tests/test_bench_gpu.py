@@ -291,7 +291,7 @@ def test_other_libraries_are_timed_in_a_round_of_their_own() -> None:
 
     def timed(part: gpu_cases.Case) -> dict[str, Any]:
         asked.append(list(part.contenders))
-        return gpu_measure.measure(part, seconds=0.0, until=time.monotonic() + 100, rates=RATES)
+        return gpu_measure.measure(part, seconds=None, until=time.monotonic() + 100, rates=RATES)
 
     first = gpu_measure.first_round(case, timed)
     assert list(first["contenders"]) == ["flowfast", "torch eager"] and not first["complete"]
@@ -300,6 +300,7 @@ def test_other_libraries_are_timed_in_a_round_of_their_own() -> None:
     assert asked == [["flowfast", "torch eager"], ["flowfast", "JAX", "KeOps"]] and second["complete"]
     assert list(second["contenders"]) == [*few] and second["absent"] == {"KeOps": "needs a GPU"}
     assert second["contenders"]["flowfast"] == first["contenders"]["flowfast"]
+    assert all(one["turns"] == 1 and one["median"] == one["first"] for one in second["contenders"].values())
 
 
 def test_device_mix_ups_show_without_a_device() -> None:
