@@ -159,7 +159,7 @@ class Run:
             "ceilings": rates[0] if rates else None,
             "accuracy": gpu_report.accuracy(self.rows["accuracy"]),
             "hazards": [row for row in self.rows["hazards"] if row.get("ok") is False],
-            "aims": gpu_report.verdicts(cases, rehearsal=self.setup.rehearsal),
+            "aims": gpu_report.verdicts(cases, self.rows["accuracy"], rehearsal=self.setup.rehearsal),
             "beyond_memory": gpu_report.memory(cases),
             "cases": cases,
         }

@@ -44,13 +44,16 @@ class OverdueError(Exception):
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise OverdueError in the main thread after so many seconds, between two steps of the interpreter."""
+    """Raise OverdueError in the main thread after so many seconds, between two steps of the interpreter.
+
+    And once more every second, should somebody have swallowed it.
+    """
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise OverdueError(f"above {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 1.0)
     try:
         yield
     finally:
@@ -192,20 +195,19 @@ def ceilings(device: str) -> dict[str, float]:
     cuda, size = device == "cuda", 8_192 if device == "cuda" else 128
     source = torch.rand(2**29 if cuda else 2**16, device=device)
     target = torch.empty_like(source)
-    found = {"copy_bytes": 2 * source.numel() * 4 / _best(partial(target.copy_, source), cuda)}
+    found = {"copy_bytes": 2 * source.numel() * 4 / _median(partial(target.copy_, source), cuda)}
     del source, target
     for name, dtype, mode in (
         ("bf16", torch.bfloat16, "highest"), ("float32", torch.float32, "highest"), ("tf32", torch.float32, "high"),
     ):  # fmt: skip
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        with gpu_problems.precision(mode):
-            found[name] = 2 * size**3 / _best(partial(torch.mm, a, b), cuda)
+        found[name] = 2 * size**3 / _median(partial(torch.mm, a, b), cuda, mode)
     return found
 
 
-def _best(run: Callable[[], Any], cuda: bool) -> float:
+def _median(run: Callable[[], Any], cuda: bool, mode: str = "highest") -> float:
     """Median seconds of a call."""
-    contender = Contender(lambda problem: run)
+    contender = Contender(lambda problem: run, mode=mode)
     return statistics.median(turn(run, contender, cuda, 0.0) for _ in range(11))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -235,19 +236,30 @@ def test_verdicts_ask_for_speed_at_equal_error() -> None:
     row: dict[str, Any] = {"case": w.name, "title": "", "absent": {"KeOps": "not installed"}, "written": 2.0**20}
 
     def met(ours: dict[str, Any], eager: dict[str, Any]) -> list[bool | None]:
-        rows = gpu_report.verdicts([{**row, "contenders": {"flowfast": ours, "torch eager": eager}}])
+        rows = gpu_report.verdicts([{**row, "contenders": {"flowfast": ours, "torch eager": eager}}], [])
         return [one["met"] for one in rows if one["case"] == w.name]
 
     assert met(_one(1.0, 1e-6, ours=True), _one(6.0, 1e-7)) == [True, True]
     assert met(_one(2.0, 1e-6, ours=True), _one(6.0, 1e-7)) == [False, False], "3x, and above 1.5 ms"
     assert met(_one(1.0, 1e-4, ours=True), _one(6.0, 1e-7)) == [False, True], "fast, but not as accurate"
     assert met(_one(1.0, 1e-4, ours=True), _one(6.0, 1e-3)) == [False, True], "above the error that is asked for"
-    rows = gpu_report.verdicts([{**row, "contenders": {"torch eager": _one(6.0, 1e-7)}}])
+    rows = gpu_report.verdicts([{**row, "contenders": {"torch eager": _one(6.0, 1e-7)}}], [])
     assert {one["met"] for one in rows} == {None} and all(one["reason"] for one in rows)
     quick = {"flowfast": _one(1, 1e-6, ours=True), "torch eager": _one(6, 1e-7), "rough": _one(0.1, 1e-2)}
     assert gpu_report.best_peer({"contenders": quick}, "flowfast") == "torch eager"
     assert [one["contender"] for one in gpu_report.memory([{**row, "contenders": quick}])] == ["flowfast"]
     assert gpu_report.contenders([{**row, "contenders": quick}])[-1]["absent"] == "not installed"
+
+
+def test_verdicts_on_errors_and_memory() -> None:
+    row: dict[str, Any] = {"case": "digits", "title": "", "absent": {}, "written": 2.0**20}
+    errors = [{"mode": mode, "allowed": 1e-5, "worst": worst} for mode, worst in (("highest", 9e-6), ("high", 2e-5))]
+    for extra, frugal in ((gpu_cases.GUARANTEED, True), (gpu_cases.GUARANTEED + 2**21, False)):
+        case = {**row, "contenders": {"flowfast": _one(1.0, 1e-6, ours=True) | {"extra_memory": extra}}}
+        assert [one["met"] for one in gpu_report.verdicts([case], errors)][-3:] == [True, False, frugal]
+    broken = {"mode": "highest", "allowed": 1e-5, "worst": None}
+    flow = {"mode": "high", "allowed": 5e-2, "worst": 1e-3}
+    assert [one["met"] for one in gpu_report.verdicts([], [broken, flow])][-3:] == [False, None, None]
 
 
 def test_contenders_are_measured_and_the_others_named() -> None:
@@ -278,7 +290,7 @@ def test_contenders_are_measured_and_the_others_named() -> None:
     assert row["failed"] == ["ours, broken"] and row["absent"]["gone"] == "needs a GPU"
     assert row["absent"]["ours, broken"] == "failed: FloatingPointError: fell over" and "slow" in row["absent"]
     assert set(late["absent"].values()) == {"no time left in this run"} and not late["contenders"]
-    report = {"accuracy": [], "aims": gpu_report.verdicts([row]), "steps": {}}
+    report = {"accuracy": [], "aims": gpu_report.verdicts([row], []), "steps": {}}
     assert len(gpu_report.tables(report, [row])) == 4
 
 
@@ -335,8 +347,26 @@ def test_rows_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_that_takes_too_long_is_interrupted() -> None:
     with pytest.raises(gpu_measure.OverdueError), gpu_measure.at_most(0.05):
         time.sleep(5)
+    with pytest.raises(gpu_measure.OverdueError), gpu_measure.at_most(0.05):
+        with contextlib.suppress(gpu_measure.OverdueError):
+            time.sleep(5)
+        time.sleep(5)
     with gpu_measure.at_most(5):
         pass
+
+
+def test_ceilings_are_measured_in_their_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[tuple[torch.dtype, str]] = []
+    multiply = torch.mm
+
+    def seen(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        modes.append((a.dtype, torch.get_float32_matmul_precision()))
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    rates = gpu_measure.ceilings("cpu")
+    assert set(modes) == {(torch.bfloat16, "highest"), (torch.float32, "highest"), (torch.float32, "high")}
+    assert set(rates) == {"copy_bytes", "bf16", "float32", "tf32"} and min(rates.values()) > 0
 
 
 def test_rehearsed_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
