@@ -120,20 +120,19 @@ def stream(s: Setting) -> str | None:
 
 def graph(s: Setting) -> str | None:
     """A captured score, replayed on other points, equals a call on them."""
-    mixture = flowfast.GaussianMixture(s.mixture.means, s.mixture.std.to(s.x.device))
     held, others = s.x.clone(), s.x.flip(0).contiguous()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            flowfast.score(held, mixture, backend="triton")
+            flowfast.score(held, s.mixture, backend="triton")
     torch.cuda.current_stream().wait_stream(side)
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        got = flowfast.score(held, mixture, backend="triton")
+        got = flowfast.score(held, s.mixture, backend="triton")
     held.copy_(others)
     captured.replay()
-    return None if torch.equal(got, flowfast.score(others, mixture, backend="triton")) else "differs from a call"
+    return None if torch.equal(got, flowfast.score(others, s.mixture, backend="triton")) else "differs from a call"
 
 
 def second_device(s: Setting) -> str | None:
