@@ -8,10 +8,13 @@ fallback of gpu "*". `python -m bench.tune` measures and writes rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,13 +47,30 @@ class Variant(NamedTuple):
     products: bool = False
 
 
-@functools.cache
+_overrides: ContextVar[Mapping[str, Launch]] = ContextVar("_overrides", default=MappingProxyType({}))
+
+
 def launch(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
-    """The row of `kernel` for this dtype, dimension and GPU ("" where it is interpreted).
+    """The row of `kernel` for this dtype, dimension and GPU ("" where it is interpreted), or what `override` says.
 
     Raises:
         LookupError: no row fits, not even the fallback.
     """
+    return _overrides.get().get(kernel) or _looked_up(kernel, dtype, d, gpu)
+
+
+@contextlib.contextmanager
+def override(kernel: str, candidate: Launch) -> Iterator[None]:
+    """Inside, `launch` answers with `candidate` for `kernel`, in this thread: how the tuner tries one."""
+    token = _overrides.set({**_overrides.get(), kernel: candidate})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+@functools.cache
+def _looked_up(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
     for row in rows(kernel):
         if row["gpu"] in (gpu, "*") and row["dtype"] == str(dtype)[6:] and d <= row["most_d"]:
             return Launch(row["blocks"], row["warps"], row["stages"])
