@@ -170,7 +170,7 @@ def _variants(row: dict[str, Any]) -> Iterator[Variant]:
     screen = both | {"center_ptr": means, "lower_ptr": "*fp32", "slack": "fp32"}
     recompute = both | {"best_ptr": "*fp32", "exact_ptr": "*fp64"}
     tiles = {name: chosen.blocks[name] for name in ("BLOCK_I", "BLOCK_J")}
-    of = f"{row['dtype']}, {row['gpu']}"
+    of = f"{row['dtype']}, {'any GPU' if row['gpu'] == '*' else row['gpu']}"
     flags = {"EMULATE": False, **chosen.blocks}
     yield Variant(f"diameter screen, {of}", screen_kernel, screen, flags, chosen, products=True)
     yield Variant(f"diameter recompute, {of}", recompute_kernel, recompute, tiles, Launch(tiles, chosen.warps, 3))
