@@ -32,6 +32,7 @@ CHIPS = {
 }  # compute capability x 10: bytes of shared memory of a program
 REGISTERS = 65_536  # of a multiprocessor, and so of a program, on each of them
 MMA = re.compile(r"(mma)\.sync|(wgmma)\.mma_async\S+\s*\{[^}]*\},\s*(\{?)|(tcgen05)\.mma")
+UNSAFE = "wgmma (A in registers)"
 RESOURCES = re.compile(r"Function \w+:\s+REG:(\d+) STACK:(\d+)")
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 
@@ -133,7 +134,7 @@ def instructions(ptx: str) -> tuple[str, ...]:
     """Kinds of tensor-core instructions, sorted: mma.sync, tcgen05, wgmma, wgmma (A in registers)."""
     kinds = set()
     for sync, wgmma, brace, tcgen05 in MMA.findall(ptx):
-        kinds.add("mma.sync" if sync else tcgen05 or (f"{wgmma} (A in registers)" if brace else wgmma))
+        kinds.add("mma.sync" if sync else tcgen05 or (UNSAFE if brace else wgmma))
     return tuple(sorted(kinds))
 
 
@@ -154,7 +155,7 @@ def faults(one: Compiled) -> list[str]:
         f"{one.spilled} bytes spilled": one.spilled > 0,
         "no tensor-core instruction": one.products and not one.mma,
         f"{', '.join(one.mma)} where none is wanted": bool(one.mma) and not one.products,
-        "wgmma with A in registers, which ptxas 12.8 may miscompile": "wgmma (A in registers)" in one.mma,
+        f"{UNSAFE}, which ptxas 12.8 may miscompile": UNSAFE in one.mma,
     }
     return [text for text, wrong in checks.items() if wrong]
 

@@ -45,7 +45,7 @@ def _tile(means_ptr, center_ptr, inverse, offs_row, offs_d, d):
 
 @triton.jit
 def _pieces(a, EMULATE: tl.constexpr):
-    """a = high + low up to 2^-18 |a|, both bfloat16, or such numbers in float32 for the interpreter's dot product."""
+    """a = high + low up to 2^-16 |a|, both bfloat16, or such numbers in float32 for the interpreter's dot product."""
     high = a.to(tl.bfloat16)
     low = (a - high.to(tl.float32)).to(tl.bfloat16)
     if EMULATE:
@@ -121,20 +121,20 @@ def recompute_kernel(
     tl.store(exact_ptr + at, widest)
 
 
-def slack(d: int) -> float:
-    """Bound of the screen's error in a squared distance, in units of |m_i|^2 + |m_j|^2 of the centred means.
-
-    With u = 2^-24 and blocks of B <= 64 coordinates: pieces that are left out 3 * 2^-18, additions on tensor cores
-    3 B * 2u, the squares B u, blocks added up 2 u d / B each, centring and the last operations 16 u: below the sum.
-    """
-    return 2.0**-14 + d * 2.0**-27
+def slack(d: int, block_d: int) -> float:
+    """Bound of the screen's error in a squared distance, in units of |m_i|^2 + |m_j|^2 of the centred means."""
+    u = 2.0**-24
+    left_out = 3 * 2.0**-16  # the product of both low pieces, and what is below them; the interpreter truncates pieces
+    in_block = (3 * 2 + 1) * block_d * u  # sums of three products, each addition truncated, and of squares
+    of_blocks = 2 * -(-d // block_d) * u
+    return left_out + in_block + of_blocks + 16 * u  # centring and the last operations
 
 
 def diameter(means: Tensor) -> float:
     """Largest distance between two rows of means (k, d); waits for the device."""
     k, d = means.shape
     chosen = launch("diameter", means.dtype, d, gpu_name(means.device))
-    block_i, block_j = chosen.blocks["BLOCK_I"], chosen.blocks["BLOCK_J"]
+    block_i, block_j, block_d = (chosen.blocks[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_D"))
     tiles = triton.cdiv(k, block_j)
     programs = tiles * (block_j // block_i)
     grid = (programs, min(tiles // 2 + 1, triton.cdiv(PROGRAMS, programs)))
@@ -147,8 +147,8 @@ def diameter(means: Tensor) -> float:
     exact = torch.empty(grid, dtype=torch.float64, device=means.device)
     with torch.cuda.device(means.device) if means.is_cuda else contextlib.nullcontext():
         screen_kernel[grid](
-            means, center, 1 / unit, lower, upper, k, d, slack(d), not means.is_cuda,
-            block_i, block_j, chosen.blocks["BLOCK_D"], num_warps=chosen.warps, num_stages=chosen.stages,
+            means, center, 1 / unit, lower, upper, k, d, slack(d, block_d), not means.is_cuda,
+            block_i, block_j, block_d, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
         recompute_kernel[grid](
             means, 1 / unit, lower.amax(), upper, exact, k, d, block_i, block_j, num_warps=chosen.warps

@@ -47,7 +47,12 @@ class Variant(NamedTuple):
     products: bool = False
 
 
-_overrides: ContextVar[Mapping[str, Launch]] = ContextVar("_overrides", default=MappingProxyType({}))
+class _Trial(NamedTuple):
+    candidate: Launch | None
+    asked: list[tuple[torch.dtype, int]]
+
+
+_trials: ContextVar[Mapping[str, _Trial]] = ContextVar("_trials", default=MappingProxyType({}))
 
 
 def launch(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
@@ -56,25 +61,41 @@ def launch(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
     Raises:
         LookupError: no row fits, not even the fallback.
     """
-    return _overrides.get().get(kernel) or _looked_up(kernel, dtype, d, gpu)
+    trial = _trials.get().get(kernel)
+    if trial:
+        trial.asked.append((dtype, d))
+        if trial.candidate:
+            return trial.candidate
+    return _looked_up(kernel, dtype, d, gpu)
 
 
 @contextlib.contextmanager
-def override(kernel: str, candidate: Launch) -> Iterator[None]:
-    """Inside, `launch` answers with `candidate` for `kernel`, in this thread: how the tuner tries one."""
-    token = _overrides.set({**_overrides.get(), kernel: candidate})
+def override(kernel: str, candidate: Launch | None) -> Iterator[list[tuple[torch.dtype, int]]]:
+    """Inside, in this thread, `launch` answers with `candidate` for `kernel`; None leaves the answer to the table.
+
+    Yields:
+        What `launch` is asked for `kernel` inside, (dtype, d) call by call.
+    """
+    trial = _Trial(candidate, [])
+    token = _trials.set({**_trials.get(), kernel: trial})
     try:
-        yield
+        yield trial.asked
     finally:
-        _overrides.reset(token)
+        _trials.reset(token)
 
 
 @functools.cache
 def _looked_up(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
-    for row in rows(kernel):
-        if row["gpu"] in (gpu, "*") and row["dtype"] == str(dtype)[6:] and d <= row["most_d"]:
-            return Launch(row["blocks"], row["warps"], row["stages"])
-    raise LookupError(f"{kernel} has no launch configuration for {dtype}, d = {d} on {gpu or 'the interpreter'}")
+    row = row_for(rows(kernel), dtype, d, gpu)
+    if row is None:
+        raise LookupError(f"{kernel} has no launch configuration for {dtype}, d = {d} on {gpu or 'the interpreter'}")
+    return Launch(row["blocks"], row["warps"], row["stages"])
+
+
+def row_for(table: list[dict[str, Any]], dtype: torch.dtype, d: int, gpu: str) -> dict[str, Any] | None:
+    """The first row that fits, None if there is none."""
+    fitting = (row for row in table if row["dtype"] == str(dtype)[6:] and d <= row["most_d"])
+    return next((row for row in fitting if row["gpu"] in (gpu, "*")), None)
 
 
 @functools.cache
