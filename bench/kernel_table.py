@@ -95,7 +95,8 @@ def compiled(job: tuple[int, int]) -> Compiled:
 def resources(variant: Any, chip: int) -> dict[str, Any]:
     """Registers, shared memory, spills and tensor-core instructions of a variant.
 
-    Pointers are taken to be multiples of 16 bytes, as those of whole tensors are; of an integer nothing is known.
+    Pointers are taken to be multiples of 16 bytes, as those of whole tensors are; of integers nothing is known but of
+    those of type "i32:16", multiples of 16, for which Triton compiles anew where a kernel lets it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,7 +107,9 @@ def resources(variant: Any, chip: int) -> dict[str, Any]:
     missing = [name for name in names if types[name] == "constexpr" and name not in variant.constants]
     if missing:
         raise ValueError(f"{variant.name} says nothing of {', '.join(missing)}: add them to types or constants")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if types[name].startswith("*")}
+    even = [name for name in names if types[name].startswith("*") or types[name].endswith(":16")]
+    types = {name: kind.removesuffix(":16") for name, kind in types.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(variant.kernel, types, dict(variant.constants), aligned)
     options = {"num_warps": variant.launch.warps, "num_stages": variant.launch.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

@@ -15,8 +15,7 @@ every 32 means, but at least for 16,384 groups.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import itertools
 
 import torch
 import triton
@@ -151,7 +150,17 @@ def diameter(means: Tensor) -> float:
             block_i, block_j, block_d, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
         recompute_kernel[grid](
-            means, 1 / unit, lower.amax(), upper, exact, k, d, block_i, block_j, num_warps=chosen.warps
+            means,
+            1 / unit,
+            lower.amax(),
+            upper,
+            exact,
+            k,
+            d,
+            block_i,
+            block_j,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )
     widest = exact.amax().sqrt() * unit
     # A maximum on a GPU passes NaN over.
@@ -159,18 +168,18 @@ def diameter(means: Tensor) -> float:
 
 
 def variants() -> list[Variant]:
-    """Both kernels for every row of the table."""
-    return [variant for row in rows("diameter") for variant in _variants(row)]
-
-
-def _variants(row: dict[str, Any]) -> Iterator[Variant]:
-    chosen = Launch(row["blocks"], row["warps"], row["stages"])
-    means = {"float32": "*fp32", "float64": "*fp64"}[row["dtype"]]
-    both = {"means_ptr": means, "inverse_ptr": "*fp64", "upper_ptr": "*fp32", "k": "i32", "d": "i32"}
-    screen = both | {"center_ptr": means, "lower_ptr": "*fp32", "slack": "fp32"}
-    recompute = both | {"best_ptr": "*fp32", "exact_ptr": "*fp64"}
-    tiles = {name: chosen.blocks[name] for name in ("BLOCK_I", "BLOCK_J")}
-    of = f"{row['dtype']}, {'any GPU' if row['gpu'] == '*' else row['gpu']}"
-    flags = {"EMULATE": False, **chosen.blocks}
-    yield Variant(f"diameter screen, {of}", screen_kernel, screen, flags, chosen, products=True)
-    yield Variant(f"diameter recompute, {of}", recompute_kernel, recompute, tiles, Launch(tiles, chosen.warps, 3))
+    """Both kernels for every row of the table, for any d and for multiples of 16, whose loads are wider."""
+    found = []
+    for row, size in itertools.product(rows("diameter"), ("i32", "i32:16")):
+        chosen = Launch(row["blocks"], row["warps"], row["stages"])
+        means = {"float32": "*fp32", "float64": "*fp64"}[row["dtype"]]
+        both = {"means_ptr": means, "inverse_ptr": "*fp64", "upper_ptr": "*fp32", "k": "i32", "d": size}
+        screen = both | {"center_ptr": means, "lower_ptr": "*fp32", "slack": "fp32"}
+        recompute = both | {"best_ptr": "*fp32", "exact_ptr": "*fp64"}
+        tiles = {name: chosen.blocks[name] for name in ("BLOCK_I", "BLOCK_J")}
+        flags = {"EMULATE": False, **chosen.blocks}
+        gpu = "any GPU" if row["gpu"] == "*" else row["gpu"]
+        of = f"{row['dtype']}, {'16 divides d' if size == 'i32:16' else 'any d'}, {gpu}"
+        found.append(Variant(f"diameter screen, {of}", screen_kernel, screen, flags, chosen, products=True))
+        found.append(Variant(f"diameter recompute, {of}", recompute_kernel, recompute, tiles, chosen))
+    return found

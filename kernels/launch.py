@@ -35,7 +35,8 @@ class Variant(NamedTuple):
 
     Attributes:
         name: unique, for tests and the table in docs/kernels.md.
-        kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32" or "i32".
+        kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32", "i32", or
+            "i32:16" for a multiple of 16.
         constants: of the `tl.constexpr` arguments. launch: of the table. products: whether it must use tensor cores.
     """
 
