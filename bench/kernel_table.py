@@ -1,13 +1,16 @@
 """`python -m bench.kernel_table`: compile every shipped Triton configuration, without a GPU, and write docs/kernels.md.
 
-With --json the same goes there as plain numbers, for tests/test_triton_compile.py.
+What the page tells already of a configuration that has not changed is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
+import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,17 +71,36 @@ def shipped() -> list[Any]:
     return [variant for module in modules if hasattr(module, "variants") for variant in module.variants()]
 
 
-def jobs(*, quick: bool) -> list[tuple[int, int]]:
-    """Numbers of variants, and the chips they are compiled for.
-
-    Quick: all for sm_90; for the other chips the first and the last variant of each kernel.
-    """
-    variants = shipped()
+def jobs() -> list[tuple[int, int]]:
+    """Numbers of variants and chips, for a look that takes a minute: two variants of each kernel, chips in turn."""
     of_kernel: dict[str, list[int]] = {}
-    for i, variant in enumerate(variants):
+    for i, variant in enumerate(shipped()):
         of_kernel.setdefault(variant.kernel.__name__, []).append(i)
-    ends = {i for numbers in of_kernel.values() for i in (numbers[0], numbers[-1])}
-    return [(i, chip) for i in range(len(variants)) for chip in CHIPS if not quick or chip == 90 or i in ends]
+    chips = itertools.cycle(CHIPS)
+    return [(i, next(chips)) for numbers in of_kernel.values() for i in (numbers[0], numbers[-1])]
+
+
+def digest(variant: Any) -> str:
+    """What a variant is compiled from, in ten digits: texts, types, constants and options."""
+    parts = (sorted(variant.types.items()), sorted(variant.constants.items()), *variant.launch[1:])
+    text = compiled_text(Path(inspect.getfile(variant.kernel.fn)))
+    return hashlib.sha256(f"{variant.kernel.__name__} {parts} {text}".encode()).hexdigest()[:10]
+
+
+@functools.cache
+def compiled_text(module: Path) -> str:
+    """The kernels of a module and the constants that they may use, and those of the modules that it imports."""
+    text = module.read_text()
+    parts, imported = [], []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            imported += [module.with_name(f"{name}.py") for name in names]
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(one) for one in node.decorator_list):
+            parts.append(ast.get_source_segment(text, node) or "")
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            parts.append(ast.get_source_segment(text, node) or "")
+    return "\n".join([*parts, *map(compiled_text, imported)])
 
 
 def compiled(job: tuple[int, int]) -> Compiled:
@@ -141,10 +164,10 @@ def instructions(ptx: str) -> tuple[str, ...]:
     return tuple(sorted(kinds))
 
 
-def compile_all(*, quick: bool, workers: int = 2) -> list[Compiled]:
-    """All of `jobs`, in their order."""
+def compile_all(wanted: list[tuple[int, int]], workers: int = 2) -> list[Compiled]:
+    """All that is wanted, in its order."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(compiled, jobs(quick=quick)))
+        return list(pool.map(compiled, wanted))
 
 
 def faults(one: Compiled) -> list[str]:
@@ -163,64 +186,90 @@ def faults(one: Compiled) -> list[str]:
     return [text for text, wrong in checks.items() if wrong]
 
 
-def page(found: list[Compiled]) -> str:
-    """docs/kernels.md."""
-    import triton
-
+def page(rows: Mapping[str, str]) -> str:
+    """docs/kernels.md, given the lines of all configurations by name."""
     limits = ", ".join(f"{size >> 10} KB on sm_{chip}" for chip, size in CHIPS.items())
     lines = [
         "# What the Triton kernels compile to",
         "",
-        "Written by `python -m bench.kernel_table`, without a GPU: every launch configuration that is shipped, as",
-        f"Triton {triton.__version__} compiles it, with {assemblers()}. Registers of a thread,",
-        f"shared memory of a program (at most {limits}), kind of",
-        "tensor-core instruction; bytes spilled where there are any.",
+        "Written by `python -m bench.kernel_table`, without a GPU: every launch configuration that is shipped, compiled",
+        f"by {versions()}.",
+        "Registers of a thread, shared memory of a program, kind of tensor-core instruction. Whatever is wrong would",
+        f"stand in bold: spills, more shared memory than there is ({limits}),",
+        "other instructions than meant. The key stands for all that a configuration is compiled from; tests compare it.",
         "",
-        f"| configuration | warps | {' | '.join(f'sm_{chip}' for chip in CHIPS)} |",
-        f"|---|---|{'---|' * len(CHIPS)}",
+        f"| configuration | key | warps | {' | '.join(f'sm_{chip}' for chip in CHIPS)} |",
+        f"|---|---|---|{'---|' * len(CHIPS)}",
+        *rows.values(),
     ]
-    for name, group in itertools.groupby(found, key=lambda one: one.variant):
-        row = list(group)
-        lines.append(f"| {name} | {row[0].warps} | {' | '.join(map(cell, row))} |")
     return "\n".join(lines) + "\n"
 
 
+def kept() -> dict[str, str]:
+    """Lines of the page by configuration, unless other compilers made it."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    lines = [line for line in text.splitlines() if line.startswith("| ")] if versions() in text else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def line(variant: Any, found: list[Compiled]) -> str:
+    """The line of one configuration, compiled for every chip."""
+    cells = [variant.name, f"`{digest(variant)}`", str(variant.launch.warps), *map(cell, found)]
+    return f"| {' | '.join(cells)} |"
+
+
 def cell(one: Compiled) -> str:
-    """One configuration on one chip."""
+    """One configuration on one chip; what is wrong with it in bold."""
     if one.failure:
-        return "does not compile"
-    spilled = [f"**{one.spilled} B spilled**"] if one.spilled else []
-    return ", ".join([f"{one.registers} reg", f"{one.shared / 1024:.1f} KB", *one.mma, *spilled])
+        return "**does not compile**"
+    wrong = [f"**{fault}**" for fault in faults(one)]
+    return ", ".join([f"{one.registers} reg", f"{one.shared / 1024:.1f} KB", *one.mma, *wrong])
 
 
-def assemblers() -> str:
-    """Versions of the bundled ptxas, and the chips that each serves."""
+@functools.cache
+def versions() -> str:
+    """Versions of Triton and of the ptxas that it brings, with the chips that each serves."""
+    import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
     chips: dict[str, list[str]] = {}
     for chip in CHIPS:
         chips.setdefault(get_ptxas(chip).version, []).append(f"sm_{chip}")
-    return ", ".join(f"ptxas {version} for {' and '.join(names)}" for version, names in chips.items())
+    assemblers = (f"ptxas {version} for {' and '.join(names)}" for version, names in chips.items())
+    return ", ".join((f"Triton {triton.__version__}", *assemblers))
 
 
 def main() -> int:
     """Compile, write, list what is wrong; exit code 1 if anything is."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_table", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the numbers there, and leave docs/kernels.md alone")
-    parser.add_argument("--quick", action="store_true", help="sm_90, and two variants of each kernel for other chips")
+    parser.add_argument("--quick", type=Path, metavar="JSON", help="compile few, and write the numbers there")
+    parser.add_argument("--all", action="store_true", help="also what the page has already, unchanged")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args()
     if interpreting():
         sys.exit("kernels are interpreted here (TRITON_INTERPRET=1), not compiled: unset it")
-    if options.quick and not options.json:
-        sys.exit("docs/kernels.md names every configuration: --quick goes with --json only")
-    found = compile_all(quick=options.quick)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    if options.quick:
+        found = compile_all(jobs(), options.workers)
+        options.quick.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     else:
-        PAGE.write_text(page(found))
-    wrong = [f"{one.variant}, sm_{one.chip}: {text}" for one in found for text in faults(one)]
+        found = renew({} if options.all else kept(), options.workers)
+    wrong = [f"{one.variant}, sm_{one.chip}: {fault}" for one in found for fault in faults(one)]
     print(*wrong, f"{len(found)} compiled, {len(wrong)} faults", sep="\n")
     return 1 if wrong else 0
+
+
+def renew(old: Mapping[str, str], workers: int) -> list[Compiled]:
+    """Write the page, and compile for it what its old lines do not tell, or tell to be wrong."""
+    rows = {}
+    for variant in shipped():
+        before = old.get(variant.name, "")
+        rows[variant.name] = before if f"`{digest(variant)}`" in before and "**" not in before else ""
+    wanted = [(i, chip) for i, variant in enumerate(shipped()) if not rows[variant.name] for chip in CHIPS]
+    found = compile_all(wanted, workers)
+    for variant in shipped():
+        rows[variant.name] = rows[variant.name] or line(variant, [one for one in found if one.variant == variant.name])
+    PAGE.write_text(page(rows))
+    return found
 
 
 if __name__ == "__main__":

@@ -21,38 +21,55 @@ ROOT = Path(__file__).parents[1]
 GOOD = Compiled("good", 80, warps=4, products=True, registers=96, shared=40_000, mma=("mma.sync",))
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """All variants for sm_90, and for the other chips the first and the last of each kernel, in one process."""
-    folder = tmp_path_factory.mktemp("compiled")
+def test_a_few_configurations_compile(tmp_path: Path) -> None:
+    """Two variants of each kernel, each for one of the chips, in one process; all for all are what the page is for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "bench.kernel_table", "--quick", "--json", str(folder / "found.json")]
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "bench.kernel_table", "--quick", str(tmp_path / "found.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: faults, which the test below names
-    return [Compiled(**(one | {"mma": tuple(one["mma"])})) for one in json.loads((folder / "found.json").read_text())]
-
-
-def test_every_configuration_fits_its_chips(found: list[Compiled]) -> None:
+    assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: faults, which are named below
+    found = [
+        Compiled(**(one | {"mma": tuple(one["mma"])})) for one in json.loads((tmp_path / "found.json").read_text())
+    ]
     assert [f"{one.variant}, sm_{one.chip}: {fault}" for one in found for fault in kernel_table.faults(one)] == []
+    kernel_of = {variant.name: variant.kernel.__name__ for variant in kernel_table.shipped()}
+    assert {kernel_of[one.variant] for one in found} == set(kernel_of.values())
+    assert {one.chip for one in found} == set(kernel_table.CHIPS) and all(one.registers for one in found)
 
 
-def test_every_configuration_is_compiled(found: list[Compiled]) -> None:
-    names = [variant.name for variant in kernel_table.shipped()]
-    assert names and len(set(names)) == len(names)
-    assert [one.variant for one in found if one.chip == 90] == names
-    kernels = {variant.kernel.__name__ for variant in kernel_table.shipped()}
-    for chip in (80, 100):
-        seen = {one.variant for one in found if one.chip == chip}
-        assert {v.kernel.__name__ for v in kernel_table.shipped() if v.name in seen} == kernels
+def test_the_page_tells_of_every_configuration_as_it_is() -> None:
+    """If this fails, `python -m bench.kernel_table` compiles what has changed, and writes the page anew."""
+    variants = kernel_table.shipped()
+    assert variants and len({variant.name for variant in variants}) == len(variants)
+    lines = [line for line in kernel_table.PAGE.read_text().splitlines() if line.startswith("| ")][1:]
+    told = [tuple(line.removeprefix("| ").split(" | ")[:2]) for line in lines]
+    assert told == [(variant.name, f"`{kernel_table.digest(variant)}`") for variant in variants]
+    assert not any("**" in line for line in lines)
 
 
-def test_the_page_names_every_configuration() -> None:
-    """`python -m bench.kernel_table` writes it anew."""
-    lines = kernel_table.PAGE.read_text().splitlines()
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert rows[1:] == [variant.name for variant in kernel_table.shipped()]
-    assert not any("spilled**" in line or "does not compile" in line for line in lines)
+def test_a_key_stands_for_everything_that_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = kernel_table.shipped()[0]
+    key = kernel_table.digest(variant)
+    others = [
+        variant._replace(constants={**variant.constants, "EXTRA": 1}),
+        variant._replace(types={**variant.types, "extra": "i32"}),
+        variant._replace(launch=variant.launch._replace(warps=32)),
+    ]
+    assert len({key, *map(kernel_table.digest, others)}) == 4
+    assert kernel_table.digest(variant._replace(name="another")) == key
+    monkeypatch.setattr(kernel_table, "compiled_text", lambda module: "another")
+    assert kernel_table.digest(variant) != key
+
+
+def test_what_is_compiled_is_kernels_and_constants(tmp_path: Path) -> None:
+    """Of the module and of those that it imports; nothing of what only the host runs."""
+    (tmp_path / "below.py").write_text("@triton.jit\ndef helper(a):\n    return a\n")
+    (tmp_path / "top.py").write_text(
+        "from .below import helper\nSIZE = 3\n@triton.jit(do_not_specialize=['k'])\ndef kernel(k):\n    helper(k)\n"
+        "def host():\n    return 'not this'\n"
+    )
+    text = kernel_table.compiled_text(tmp_path / "top.py")
+    assert all(part in text for part in ("SIZE = 3", "def kernel", "def helper")) and "not this" not in text
 
 
 @pytest.mark.parametrize(
