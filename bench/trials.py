@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ CALLS = 20  # timed ones of a candidate
 ACCURACY = {torch.float32: 1e-5, torch.float64: 1e-10}  # norm-wise relative error against the reference in float64
 CHECKED = 64  # rows that are compared
 STEPS = 20  # of a flow
-TINY = (4, 40, 300)  # points, components and dimensions of a rehearsal, at most
+TINY = (4, 70, 260)  # points, components and dimensions of a rehearsal, at most
 Run = Callable[[], Tensor]
 
 
@@ -75,12 +75,12 @@ class Dropped(Exception):
     """A candidate that may not be shipped, and why."""
 
 
-def workloads(kernel: str) -> tuple[Workload, ...]:
-    """Those of a table: of its name, or of the longest that its name begins with."""
-    names = [name for name in WORKLOADS if kernel.startswith(name)]
+def family(kernel: str, known: Collection[str]) -> str:
+    """The longest of the known names that the name of a table begins with."""
+    names = [name for name in known if kernel.startswith(name)]
     if not names:
-        raise ValueError(f"kernel {kernel!r} has a table but no workload: add one to WORKLOADS in bench/trials.py")
-    return WORKLOADS[max(names, key=len)]
+        raise ValueError(f"kernel {kernel!r} has a table that the tuner does not know: add it to WORKLOADS and SPACES")
+    return max(names, key=len)
 
 
 def fallback(kernel: str) -> list[dict[str, Any]]:

@@ -23,15 +23,19 @@ from typing import Any
 
 import torch
 
-from bench.trials import Dropped, Machine, Trial, fallback, prepared, seconds, workloads
+from bench.trials import WORKLOADS, Dropped, Machine, Trial, fallback, family, prepared, seconds
 from flowfast.kernels import launch
 from flowfast.kernels.launch import TABLES, Launch
 
 WORTH = 0.98  # of the best time so far: what is not faster than that stays
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
-# Sizes that may be tried; of other numbers half, as much, and twice as much as in the fallback.
+# Sizes that may be tried, by the beginning of a table's name; others stay, as those that follow from d have to.
 SPACES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "diameter": {"BLOCK_I": (16, 32), "BLOCK_J": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64)},
+    "posterior": {"BLOCK_N": (1, 2, 4, 8, 16, 32), "BLOCK_K": (1, 2, 4, 8, 16, 32)},
+    "products": {"BLOCK_N": (16, 32), "BLOCK_K": (32, 64, 128)},
+    "two_pass": {"BLOCK_K": (256, 512, 1024, 2048), "BLOCK_D": (128, 256, 512, 1024)},
+    "flow": {"BLOCK_N": (16, 32, 64)},
 }
 
 
@@ -81,7 +85,8 @@ def tuned(kernel: str, machine: Machine) -> list[dict[str, Any] | None]:
 
     A fallback row that no workload needs is copied: a row of this GPU for larger d would hide it otherwise.
     """
-    trials = [trial for workload in workloads(kernel) for trial in prepared(kernel, workload, machine)]
+    chosen = WORKLOADS[family(kernel, WORKLOADS)][: 1 if machine.rehearsal else None]
+    trials = [trial for workload in chosen for trial in prepared(kernel, workload, machine)]
     found: list[dict[str, Any] | None] = []
     for row in fallback(kernel):
         mine = [trial for trial in trials if trial.row is row]
@@ -121,7 +126,7 @@ def climbed(kernel: str, row: Mapping[str, Any], trials: list[Trial], machine: M
     start = None
     while start is not best:
         start = best
-        for candidate in itertools.islice(neighbours(start, kernel, row), 1 if machine.rehearsal else None):
+        for candidate in itertools.islice(neighbours(start, kernel), 1 if machine.rehearsal else None):
             if cost(candidate) < WORTH * cost(best):
                 best = candidate
         if machine.rehearsal:
@@ -133,16 +138,13 @@ def climbed(kernel: str, row: Mapping[str, Any], trials: list[Trial], machine: M
     return {**row, "blocks": dict(chosen.blocks), "warps": chosen.warps, "stages": chosen.stages}
 
 
-def neighbours(numbers: dict[str, int], kernel: str, row: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+def neighbours(numbers: dict[str, int], kernel: str) -> Iterator[dict[str, int]]:
     """Candidates that differ in one number, by one place in what may be tried."""
-    declared = SPACES.get(kernel, {})
+    space = {**SPACES[family(kernel, SPACES)], "warps": WARPS, "stages": STAGES}
     for name, value in numbers.items():
-        near = {"warps": WARPS, "stages": STAGES}.get(name) or declared.get(name)
-        if near is None:
-            middle = row["blocks"][name]
-            near = tuple(sorted({max(middle // 2, 1), middle, 2 * middle}))
+        near = sorted({value, *space.get(name, ())})
         for other in near:
-            if other != value and abs(near.index(other) - near.index(value)) == 1:
+            if abs(near.index(other) - near.index(value)) == 1:
                 yield {**numbers, name: other}
 
 

@@ -58,13 +58,13 @@ def test_a_rehearsal_never_writes_what_is_shipped(capsys: pytest.CaptureFixture[
 
 
 def _climbed(monkeypatch: pytest.MonkeyPatch, cost: Any, machine: Machine) -> dict[str, Any] | None:
+    monkeypatch.setitem(tune.SPACES, "kernel", {"BLOCK_A": (16, 32, 64, 128)})
     monkeypatch.setattr(tune, "seconds", lambda kernel, candidate, trials, machine: cost(candidate))
     return tune.climbed("kernel", ROW, [], machine)
 
 
 def test_it_climbs_to_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One number at a time, past a wall of candidates that are dropped, and not beyond what is declared."""
-    monkeypatch.setitem(tune.SPACES, "kernel", {"BLOCK_A": (16, 32, 64, 128)})
 
     def cost(one: Launch) -> float:
         if one.stages == 3:
@@ -133,10 +133,15 @@ def test_rows_of_this_gpu_are_replaced() -> None:
     assert tune.merged([other, ROW], []) == [other, ROW]
 
 
-def test_every_table_has_a_workload() -> None:
-    assert all(trials.workloads(kernel) for kernel in tune.tables())
-    with pytest.raises(ValueError, match="no workload"):
-        trials.workloads("unheard of")
+def test_every_table_has_workloads_and_a_space() -> None:
+    for kernel in tune.tables():
+        assert trials.WORKLOADS[trials.family(kernel, trials.WORKLOADS)]
+        space = tune.SPACES[trials.family(kernel, tune.SPACES)]
+        assert all(set(space) <= set(row["blocks"]) for row in launch.rows(kernel))
+    assert trials.family("two_pass", trials.WORKLOADS) == "two_pass"
+    assert trials.family("flow_span", trials.WORKLOADS) == "flow"
+    with pytest.raises(ValueError, match="does not know"):
+        trials.family("unheard of", trials.WORKLOADS)
 
 
 def test_an_override_ends_with_its_block() -> None:
