@@ -8,8 +8,8 @@ reaches the highest lower end again, by differences in float64: the pair that is
 Sets with very many pairs that far apart, as the corners of a simplex, are recomputed entirely, which is slow and right.
 
 Relative error: (d + 3) 2^-53, for any offset of the means, and the same bits with any launch configuration. Range:
-|means| below 1e30 in float32, 1e300 in float64. NaN when a mean is not finite. Memory: 3 d numbers, and 16 bytes for
-every 32 means, but at least for 16,384 groups.
+|means| below 1e30 in float32, 1e300 in float64. NaN when a mean is not finite. Memory: a few d numbers, and 16 bytes
+a group: at most 16,384 and one for every 32 means.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .launch import Launch, Variant, gpu_name, launch, rows
 
-PROGRAMS = 1 << 14  # of the screen, at least, where there are as many tiles; they decide how finely is recomputed
+GROUPS = 1 << 14  # that are wanted: enough programs for a GPU, and little to recompute in each
 
 
 @triton.jit
@@ -136,32 +136,22 @@ def diameter(means: Tensor) -> float:
     block_i, block_j, block_d = (chosen.blocks[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_D"))
     tiles = triton.cdiv(k, block_j)
     programs = tiles * (block_j // block_i)
-    grid = (programs, min(tiles // 2 + 1, triton.cdiv(PROGRAMS, programs)))
+    grid = (programs, min(tiles // 2 + 1, triton.cdiv(GROUPS, programs)))
     center = means.mean(0)  # in the dtype of means: asked for another one, torch would copy all of them
     low, high = torch.aminmax(means, dim=0)
     extent = (high.double() - low.double()).amax().clamp(min=torch.finfo(means.dtype).tiny)
     unit = extent / torch.frexp(extent).mantissa  # the next power of two
+    inverse = 1 / unit
     lower = torch.empty(grid, dtype=torch.float32, device=means.device)
     upper = torch.empty(grid, dtype=torch.float32, device=means.device)
     exact = torch.empty(grid, dtype=torch.float64, device=means.device)
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     with torch.cuda.device(means.device) if means.is_cuda else contextlib.nullcontext():
         screen_kernel[grid](
-            means, center, 1 / unit, lower, upper, k, d, slack(d, block_d), not means.is_cuda,
-            block_i, block_j, block_d, num_warps=chosen.warps, num_stages=chosen.stages,
+            means, center, inverse, lower, upper, k, d, slack(d, block_d), not means.is_cuda,
+            block_i, block_j, block_d, **options,
         )  # fmt: skip
-        recompute_kernel[grid](
-            means,
-            1 / unit,
-            lower.amax(),
-            upper,
-            exact,
-            k,
-            d,
-            block_i,
-            block_j,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-        )
+        recompute_kernel[grid](means, inverse, lower.amax(), upper, exact, k, d, block_i, block_j, **options)
     widest = exact.amax().sqrt() * unit
     # A maximum on a GPU passes NaN over.
     return float(torch.where(center.isfinite().all(), widest, torch.nan))

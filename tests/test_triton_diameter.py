@@ -121,6 +121,25 @@ def test_result_does_not_depend_on_the_launch() -> None:
             assert _triton.diameter(means) == expected
 
 
+@pytest.mark.parametrize("k", [5, 100_000, 2_000_000])
+def test_memory_is_what_the_module_says(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            return lambda *arguments, **options: None
+
+    taken = []
+
+    def empty(*size: object, **options: object) -> Tensor:
+        taken.append(torch.zeros(*size, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for name in ("screen", "recompute"):
+        monkeypatch.setattr(kernels, f"{name}_kernel", Nothing())
+    _triton.diameter(torch.zeros(k, 1, device=DEVICE))
+    assert 0 < sum(array.nbytes for array in taken) <= 16 * (16_384 + k / 32 + 2)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_has_no_diameter(value: float) -> None:
     means = _make("normal", 70, 5, torch.float32)
