@@ -65,17 +65,25 @@ class Compiled:
 
 @functools.cache
 def shipped() -> list[Any]:
-    """Every `Variant` that a module of kernels/ ships, by module and in its order."""
+    """Every `Variant` that a module of kernels/ ships, by module and in its order; once, where two tell of the same."""
     names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
     modules = [importlib.import_module(f"flowfast.kernels.{name}") for name in names]
-    return [variant for module in modules if hasattr(module, "variants") for variant in module.variants()]
+    found: list[Any] = []
+    for module in modules:
+        found += [variant for variant in getattr(module, "variants", list)() if variant not in found]
+    return found
+
+
+def kernel_name(variant: Any) -> str:
+    """Module and function: several modules may have a kernel of one name."""
+    return f"{variant.kernel.fn.__module__}.{variant.kernel.fn.__name__}"
 
 
 def jobs() -> list[tuple[int, int]]:
     """Numbers of variants and chips, for a look that takes a minute: two variants of each kernel, chips in turn."""
     of_kernel: dict[str, list[int]] = {}
     for i, variant in enumerate(shipped()):
-        of_kernel.setdefault(variant.kernel.__name__, []).append(i)
+        of_kernel.setdefault(kernel_name(variant), []).append(i)
     chips = itertools.cycle(CHIPS)
     return [(i, next(chips)) for numbers in of_kernel.values() for i in (numbers[0], numbers[-1])]
 
@@ -84,7 +92,7 @@ def digest(variant: Any) -> str:
     """What a variant is compiled from, in ten digits: texts, types, constants and options."""
     parts = (sorted(variant.types.items()), sorted(variant.constants.items()), *variant.launch[1:])
     text = compiled_text(Path(inspect.getfile(variant.kernel.fn)))
-    return hashlib.sha256(f"{variant.kernel.__name__} {parts} {text}".encode()).hexdigest()[:10]
+    return hashlib.sha256(f"{variant.kernel.fn.__name__} {parts} {text}".encode()).hexdigest()[:10]
 
 
 @functools.cache

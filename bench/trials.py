@@ -43,7 +43,8 @@ WORKLOADS: Mapping[str, tuple[Workload, ...]] = {
     "posterior": (Workload("score", 1_000_000, 1_000, 3), Workload("score", 100_000, 10_000, 16)),
     "products": (Workload("score", 65_536, 1_797, 64), Workload("score", 16_384, 16_384, 128)),
     "two_pass": (Workload("score", 1_024, 50_000, 3_072),),
-    "flow": (Workload("flow", 65_536, 20, 2), Workload("flow", 50_000, 20, 64)),
+    "flow_span": (Workload("flow", 50_000, 20, 64),),
+    "flow_full": (Workload("flow", 65_536, 20, 2),),
 }
 
 

@@ -32,7 +32,7 @@ def test_a_few_configurations_compile(tmp_path: Path) -> None:
         Compiled(**(one | {"mma": tuple(one["mma"])})) for one in json.loads((tmp_path / "found.json").read_text())
     ]
     assert [f"{one.variant}, sm_{one.chip}: {fault}" for one in found for fault in kernel_table.faults(one)] == []
-    kernel_of = {variant.name: variant.kernel.__name__ for variant in kernel_table.shipped()}
+    kernel_of = {variant.name: kernel_table.kernel_name(variant) for variant in kernel_table.shipped()}
     assert {kernel_of[one.variant] for one in found} == set(kernel_of.values())
     assert {one.chip for one in found} == set(kernel_table.CHIPS) and all(one.registers for one in found)
 

@@ -138,8 +138,8 @@ def test_every_table_has_workloads_and_a_space() -> None:
         assert trials.WORKLOADS[trials.family(kernel, trials.WORKLOADS)]
         space = tune.SPACES[trials.family(kernel, tune.SPACES)]
         assert all(set(space) <= set(row["blocks"]) for row in launch.rows(kernel))
-    assert trials.family("two_pass", trials.WORKLOADS) == "two_pass"
-    assert trials.family("flow_span", trials.WORKLOADS) == "flow"
+    assert trials.family("flow_span", ("flow", "flow_span", "span")) == "flow_span"
+    assert trials.family("flow_full", ("flow", "flow_span", "span")) == "flow"
     with pytest.raises(ValueError, match="does not know"):
         trials.family("unheard of", trials.WORKLOADS)
 
