@@ -14,6 +14,7 @@ from torch import Tensor
 
 _OPS = frozenset(
     {"log_density", "score", "posterior_mean", "covariance_trace", "posterior_weights", "hessian_vector_product"}
+    | {"diameter"}
 )
 
 
@@ -71,6 +72,13 @@ def hessian_vector_product(
     from flowfast.kernels.hvp import hvp
 
     return hvp(x, v, means, log_weights, alpha, std)
+
+
+def diameter(means: Tensor) -> float:
+    """Largest distance between two rows of means (k, d), float32 or float64, contiguous; waits for the device."""
+    from flowfast.kernels.diameter import diameter as largest_distance
+
+    return largest_distance(means)
 
 
 def _posterior(output: str, x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ fallback of gpu "*". `python -m bench.tune` measures and writes rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +35,8 @@ class Variant(NamedTuple):
 
     Attributes:
         name: unique, for tests and the table in docs/kernels.md.
-        kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32" or "i32".
+        kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32", "i32", or
+            "i32:16" for a multiple of 16.
         constants: of the `tl.constexpr` arguments. launch: of the table. products: whether it must use tensor cores.
     """
 
@@ -44,17 +48,55 @@ class Variant(NamedTuple):
     products: bool = False
 
 
-@functools.cache
+class _Trial(NamedTuple):
+    candidate: Launch | None
+    asked: list[tuple[torch.dtype, int]]
+
+
+_trials: ContextVar[Mapping[str, _Trial]] = ContextVar("_trials", default=MappingProxyType({}))
+
+
 def launch(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
-    """The row of `kernel` for this dtype, dimension and GPU ("" where it is interpreted).
+    """The row of `kernel` for this dtype, dimension and GPU ("" where it is interpreted), or what `override` says.
 
     Raises:
         LookupError: no row fits, not even the fallback.
     """
-    for row in rows(kernel):
-        if row["gpu"] in (gpu, "*") and row["dtype"] == str(dtype)[6:] and d <= row["most_d"]:
-            return Launch(row["blocks"], row["warps"], row["stages"])
-    raise LookupError(f"{kernel} has no launch configuration for {dtype}, d = {d} on {gpu or 'the interpreter'}")
+    trial = _trials.get().get(kernel)
+    if trial:
+        trial.asked.append((dtype, d))
+        if trial.candidate:
+            return trial.candidate
+    return _looked_up(kernel, dtype, d, gpu)
+
+
+@contextlib.contextmanager
+def override(kernel: str, candidate: Launch | None) -> Iterator[list[tuple[torch.dtype, int]]]:
+    """Inside, in this thread, `launch` answers with `candidate` for `kernel`; None leaves the answer to the table.
+
+    Yields:
+        What `launch` is asked for `kernel` inside, (dtype, d) call by call.
+    """
+    trial = _Trial(candidate, [])
+    token = _trials.set({**_trials.get(), kernel: trial})
+    try:
+        yield trial.asked
+    finally:
+        _trials.reset(token)
+
+
+@functools.cache
+def _looked_up(kernel: str, dtype: torch.dtype, d: int, gpu: str) -> Launch:
+    row = row_for(rows(kernel), dtype, d, gpu)
+    if row is None:
+        raise LookupError(f"{kernel} has no launch configuration for {dtype}, d = {d} on {gpu or 'the interpreter'}")
+    return Launch(row["blocks"], row["warps"], row["stages"])
+
+
+def row_for(table: list[dict[str, Any]], dtype: torch.dtype, d: int, gpu: str) -> dict[str, Any] | None:
+    """The first row that fits, None if there is none."""
+    fitting = (row for row in table if row["dtype"] == str(dtype)[6:] and d <= row["most_d"])
+    return next((row for row in fitting if row["gpu"] in (gpu, "*")), None)
 
 
 @functools.cache
