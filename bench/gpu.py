@@ -204,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU; make gpu GPU_DEVICE=cpu rehearses the same steps without one", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _stop)  # so that programs under way are ended too
     with tempfile.TemporaryDirectory(prefix="flowfast-gpu-parts-") as scratch:
         out = Path(tempfile.mkdtemp(prefix="flowfast-gpu-rehearsal-")) if options.device == "cpu" else options.out
         run = Run(options.device, out, Path(scratch))
@@ -222,4 +221,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # so that programs under way are ended too
     sys.exit(main())
