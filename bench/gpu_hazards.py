@@ -171,9 +171,9 @@ def needs(cuda: bool) -> str:
 
 
 def small(*, device: str, tiny: bool) -> None:
-    """Every operation once on small, odd sizes, for compute-sanitizer."""
+    """Every operation once on small, odd sizes, for compute-sanitizer; `tiny`: only the first of them."""
     for n, k, d, modes in SMALL[: 1 if tiny else None]:
-        for sigma0 in SIGMAS:
+        for sigma0 in SIGMAS[: 1 if tiny else None]:
             for _, mode, call in calls(problems.setting(n, k, d, sigma0, device=device), tiny=tiny):
                 if mode not in modes:
                     continue
