@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beyond = run.report["beyond_memory"]
     for row in beyond:
         run.console.print(f"more memory than promised: {row}", markup=False)
-    run.console.print(f"{run.report['seconds']:.0f} s of {gpu_steps.budget()}; wrong: {', '.join(wrong) or 'nothing'}")
+    run.console.print(f"{run.report['seconds']:.0f} s; wrong: {', '.join(wrong) or 'nothing'}")
     run.console.print(str(run.path), soft_wrap=True)
     return 1 if wrong or beyond else 0
 

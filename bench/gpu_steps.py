@@ -41,8 +41,8 @@ class Setup:
         return self.device == "cpu"
 
     def limit(self, step: str) -> int:
-        """Seconds of a step; three times as many in a rehearsal."""
-        return LIMITS[step] * (3 if self.rehearsal else 1)
+        """Seconds of a step; four times as many in a rehearsal."""
+        return LIMITS[step] * (4 if self.rehearsal else 1)
 
     def environment(self) -> dict[str, str]:
         """Variables of every program."""
