@@ -79,7 +79,8 @@ class OUProcess:
     def std(self, t: Times, sigma0: float | Tensor) -> Tensor:
         """Standard deviation `s_t` of a component that has sigma0 at t = 0: `s^2 = alpha^2 sigma0^2 + 1 - alpha^2`."""
         twice = 2 * self.log_alpha(t)
-        sigma0 = sigma0.to(twice) if isinstance(sigma0, Tensor) else sigma0
+        if isinstance(sigma0, Tensor):  # numbers of the CPU and a GPU go together, and nobody waits for a copy
+            sigma0 = sigma0.double() if sigma0.is_cpu or twice.ndim == 0 else sigma0.to(twice)
         return (twice.exp() * sigma0**2 - torch.expm1(twice)).sqrt()
 
     def snr_root(self, t: Times, sigma0: float | Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class OUProcess:
 
     def _times(self, t: Times) -> Tensor:
         t = t.double() if isinstance(t, Tensor) else torch.tensor(_number("t", t), dtype=torch.float64)
-        if torch.compiler.is_compiling() or not t.numel():
+        if torch.compiler.is_compiling() or not t.numel() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
             return t
         try:
             low, high = float(t.min()), float(t.max())
