@@ -25,7 +25,7 @@ FLOORS = (
     ("mixture", "operators"),
     ("process",),
     ("ops",),
-    ("flow", "stability"),
+    ("flow", "stability", "hessian", "modules"),
     ("grids",),
     ("dataset",),
     ("distillation",),
