@@ -129,7 +129,7 @@ class OUProcess:
         if torch.compiler.is_compiling() or not t.numel() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
             return t
         try:
-            low, high = float(t.min()), float(t.max())
+            low, high = float(t.detach().min()), float(t.detach().max())
         except RuntimeError:  # inside torch.func.vmap values are not known
             return t
         if not (low >= 0 and math.isfinite(high)):

@@ -1,0 +1,247 @@
+"""The operations within autocast, torch.func and double backward, in every layout; FLOWFAST_TEST_DEVICE moves them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowfast
+from flowfast import GaussianMixture, MixtureScore, OUProcess, backends, operators
+
+DEVICE = os.environ.get("FLOWFAST_TEST_DEVICE", "cpu")
+BACKENDS = ("auto", "reference")
+PROCESS = OUProcess(5.0)
+Operation = Callable[[Tensor, GaussianMixture, str], Tensor]
+
+
+def _mixture(dtype: torch.dtype = torch.float64, std: float = 0.7) -> GaussianMixture:
+    generator = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    weights = torch.rand(6, generator=generator, dtype=torch.float64) + 0.2
+    return GaussianMixture(means.to(DEVICE, dtype), std, weights)
+
+
+def _points(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return 2 * torch.randn(n, 5, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def _times(x: Tensor) -> Tensor:
+    return x.detach()[..., 0].double().abs()
+
+
+SMOOTH: dict[str, Operation] = {
+    "log_density": lambda x, m, b: flowfast.log_density(x, m, backend=b),
+    "score": lambda x, m, b: flowfast.score(x, m, backend=b),
+    "posterior_mean": lambda x, m, b: flowfast.posterior_mean(x, m, backend=b),
+    "posterior_weights": lambda x, m, b: flowfast.posterior_weights(x, m, backend=b),
+    "covariance_trace": lambda x, m, b: flowfast.covariance_trace(x, m, backend=b),
+    "divergence": lambda x, m, b: flowfast.divergence(x, m, backend=b),
+    "hessian_vector_product": lambda x, m, b: flowfast.hessian_vector_product(x, x.flip(0), m, backend=b),
+    "denoise": lambda x, m, b: flowfast.denoise(x, m, PROCESS, 0.3, backend=b),
+    "velocity": lambda x, m, b: flowfast.velocity(x, m, PROCESS, _times(x), backend=b),
+    "marginal": lambda x, m, b: flowfast.score(x, PROCESS.marginal(m, 0.3), backend=b),
+    "module": lambda x, m, b: MixtureScore(m, PROCESS, backend=b)(x, 0.2),
+}
+BOUNDS: dict[str, Operation] = {
+    kind: lambda x, m, b, kind=kind: flowfast.hessian_norm_bound(x, m, kind=kind, backend=b)  # type: ignore[misc]
+    for kind in ("trace", "global", "exact")
+}
+FLOWS: dict[str, Operation] = {
+    "flow": lambda x, m, b: flowfast.flow_map(x, m, PROCESS, 1.0, 0.0, backend=b),
+    "flow of fixed steps": lambda x, m, b: flowfast.flow_map(x, m, PROCESS, 1.0, 0.0, steps=4, backend=b),
+}
+
+
+def _second(operation: Operation, x: Tensor, mixture: GaussianMixture, backend: str) -> Tensor:
+    """A second derivative, by double backward."""
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(operation(x, mixture, backend).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    return second
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    x = _points(7, dtype)
+    for name, operation in (SMOOTH | BOUNDS | FLOWS).items():
+        if name in FLOWS and DEVICE != "cpu" and backend == "auto":
+            continue  # the GPU's flows have tests of their own
+        own = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = operation(x, _mixture(own), backend)
+        mixture = _mixture(own)  # with nothing kept from the first call
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = operation(x, mixture, backend)
+        assert got.dtype == dtype and got.equal(exact), name
+        if name in SMOOTH and dtype != torch.bfloat16:
+            exact = _second(operation, x, mixture, backend)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                assert _second(operation, x, mixture, backend).equal(exact), name
+
+
+def test_autocast_is_off_within_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that call torch's products get the dtype that they ask for."""
+    seen = []
+
+    def score(x: Tensor, means: Tensor, *rest: Tensor) -> Tensor:
+        seen.append((x @ means.T).dtype)
+        return x.clone()
+
+    monkeypatch.setattr(backends, "serve", lambda *request: SimpleNamespace(score=score))
+    mixture, x = _mixture(torch.float32), _points(3, torch.float32)
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert (x @ mixture.means.T).dtype == torch.bfloat16
+        operators.OPERATORS["score"](x, mixture.means, mixture.log_weights_in(torch.float32), one, one)
+        assert torch.is_autocast_enabled(DEVICE)
+    assert seen == [torch.float32]
+
+
+def _layouts(dense: Tensor) -> Iterator[Tensor]:
+    """Tensors of dense's shape in unusual memory, and dense's values where the layout allows them."""
+    yield dense
+    yield dense.repeat_interleave(2, -1)[..., ::2]
+    yield dense.T.contiguous().T if dense.ndim == 2 else dense
+    yield dense[:1].expand(dense.shape) if dense.ndim else dense
+    yield torch.complex(dense, -dense).conj().imag  # a lazy negation, strided
+
+
+@pytest.mark.parametrize("name", list(operators.OPERATORS))
+def test_operators_pass_opcheck_in_every_layout(name: str) -> None:
+    """test_ops.py has contiguous tensors of both dtypes."""
+    mixture = _mixture(torch.float32)
+    scales = torch.full((7,), 0.9, dtype=torch.float64), torch.full((7,), 0.6, dtype=torch.float64)
+    dense = [_points(7, torch.float32), mixture.means, mixture.log_weights.float(), *(s.to(DEVICE) for s in scales)]
+    if name == "hessian_vector_product":
+        dense.insert(1, dense[0].flip(0).clone())
+    operator = operators.OPERATORS[name]
+    for layout in list(zip(*(_layouts(tensor) for tensor in dense), strict=True))[1:]:
+        arguments = list(layout)
+        if name != "covariance_trace":
+            arguments[0] = arguments[0].detach().requires_grad_()
+        plain = [tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format) for tensor in layout]
+        assert operator(*arguments).equal(operator(*plain))
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, arguments)  # the laziest of them through all of it
+
+
+def test_diameter_is_an_operator() -> None:
+    means = _mixture().means
+    name = backends.choose("auto", means.device)
+    torch.library.opcheck(operators.diameter, (means, name))
+    exact = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").max()
+    torch.testing.assert_close(operators.diameter(means, name), exact)
+
+
+@pytest.mark.parametrize("name", [name for name in SMOOTH if name not in ("marginal", "module")])
+def test_derivatives_against_the_reference(name: str) -> None:
+    """Backward, double backward and what torch.func makes of them, in float64; gradcheck is in test_ops.py."""
+    mixture, x = _mixture(), _points(4)
+    operation = SMOOTH[name]
+
+    def fast(x: Tensor) -> Tensor:
+        return operation(x, mixture, "auto")
+
+    def plain(x: Tensor) -> Tensor:
+        return operation(x, mixture, "reference")
+
+    close = torch.testing.assert_close
+    close(_second(operation, x, mixture, "auto"), _second(operation, x, mixture, "reference"))
+    jacobian = torch.autograd.functional.jacobian(plain, x)
+    close(torch.autograd.functional.jacobian(fast, x), jacobian)
+    close(torch.func.jacrev(fast)(x), jacobian)
+    close(torch.func.jacfwd(fast)(x), jacobian)
+    tangent = x.flip(1)
+    value, along = torch.func.jvp(fast, (x,), (tangent,))
+    close(value, plain(x))
+    close(along, (jacobian * tangent).sum((-1, -2)))
+    pulled = torch.func.vjp(fast, x)[1](value)[0]
+    close(pulled, torch.einsum("i,inj->nj", value.flatten(), jacobian.reshape(value.numel(), *x.shape)))
+
+
+def test_hessians_and_third_derivatives_compose() -> None:
+    mixture, x = _mixture(), _points(4)
+
+    def density(row: Tensor) -> Tensor:
+        return flowfast.log_density(row, mixture)
+
+    def score(row: Tensor) -> Tensor:
+        return flowfast.score(row, mixture)
+
+    vmap, f = torch.func.vmap, torch.func
+    rows = [flowfast.hessian_vector_product(x, e.expand_as(x).contiguous(), mixture) for e in torch.eye(5).to(x)]
+    hessian = torch.stack(rows, -1)  # (n, d, d)
+    ways = (f.hessian(density), f.jacrev(f.grad(density)), f.jacrev(score), f.jacfwd(score))
+    for way in ways:
+        torch.testing.assert_close(vmap(way)(x), hessian)
+    torch.testing.assert_close(hessian.diagonal(dim1=1, dim2=2).sum(1), flowfast.divergence(x, mixture))
+    third = vmap(f.jacrev(f.hessian(density)))(x)  # (n, d, d, d)
+    slope = vmap(f.grad(lambda row: flowfast.divergence(row, mixture)))(x)
+    torch.testing.assert_close(torch.einsum("niij->nj", third), slope)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divergence(backend: str) -> None:
+    mixture, x = _mixture(), _points(12)
+    jacobian = torch.autograd.functional.jacobian(lambda x: flowfast.score(x, mixture, backend="reference").sum(0), x)
+    exact = jacobian.diagonal(dim1=0, dim2=2).sum(1)  # (n,)
+    got = flowfast.divergence(x.reshape(3, 4, 5), mixture, backend=backend)
+    torch.testing.assert_close(got, exact.reshape(3, 4))
+    assert flowfast.divergence(x[:0], mixture, backend=backend).shape == (0,)
+    single = flowfast.divergence(x.float(), mixture, backend=backend)
+    torch.testing.assert_close(single, exact.float(), rtol=1e-5, atol=1e-4)
+    half = flowfast.divergence(x.half(), mixture, backend=backend)
+    wide = flowfast.divergence(x.half().float(), mixture, backend=backend)
+    assert half.equal(wide.half())  # rounded once, at the end
+    alone = GaussianMixture(mixture.means[:1], 1e-8)
+    torch.testing.assert_close(flowfast.divergence(x, alone, backend=backend), torch.full_like(x[:, 0], -5e16))
+    std = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    points, means = x[:3].clone().requires_grad_(), mixture.means.clone().requires_grad_()
+
+    def work(x: Tensor, means: Tensor, std: Tensor) -> Tensor:
+        return flowfast.divergence(x, GaussianMixture(means, std), backend=backend)
+
+    torch.autograd.gradcheck(work, (points, means, std))
+    torch.autograd.gradgradcheck(lambda x: work(x, mixture.means, mixture.std), (points,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operations_at_a_time_are_differentiable_twice(backend: str) -> None:
+    mixture, x = _mixture(), _points(2).requires_grad_()
+    t = torch.tensor([0.1, 0.7], dtype=torch.float64, device=DEVICE, requires_grad=True)
+    for name in ("denoise", "velocity"):
+        op = getattr(flowfast, name)
+        torch.autograd.gradcheck(lambda x, op=op: op(x, mixture, PROCESS, 0.4, backend=backend), (x,))
+        torch.autograd.gradgradcheck(lambda x, op=op: op(x, mixture, PROCESS, 0.4, backend=backend), (x,))
+        torch.autograd.gradcheck(lambda x, t, op=op: op(x, mixture, PROCESS, t, backend=backend), (x, t))
+
+
+@pytest.mark.parametrize("t", [0.5, 1.0, 2.0])
+def test_gradient_of_the_denoiser_keeps_its_digits(t: float) -> None:
+    """It is `alpha C / std^2`, far smaller than the terms of the Hessian-vector product that it is made of."""
+    mixture = _mixture(torch.float32, std=0.1)
+    x = PROCESS.marginal(mixture, t).sample(50, generator=torch.Generator(DEVICE).manual_seed(0))
+    gradients = []
+    for points, backend in ((x, "auto"), (x.double(), "reference")):
+        points = points.clone().requires_grad_()
+        out = flowfast.denoise(points, mixture, PROCESS, t, backend=backend)
+        gradients.append(torch.autograd.grad(out, points, x.flip(0).to(points.dtype))[0].double())
+    error = (gradients[0] - gradients[1]).norm(dim=1) / gradients[1].norm(dim=1)
+    assert float(error.max()) < 1e-5
+
+
+@pytest.mark.parametrize("std", [1e-4, 1e-6, 1e-8])
+def test_double_backward_at_low_noise_is_finite(std: float) -> None:
+    """Where the posterior has collapsed the score is linear: its second derivative is zero, not NaN."""
+    mixture = _mixture(torch.float32, std=std)
+    x = (mixture.means[:3] + std).requires_grad_()
+    (first,) = torch.autograd.grad(flowfast.score(x, mixture).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, torch.full_like(x, -(std**-2)))
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.equal(torch.zeros_like(x))
