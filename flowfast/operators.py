@@ -143,6 +143,16 @@ def need_reference() -> bool:
     return levels is not None and any(level.key() == TransformType.Grad for level in levels)
 
 
+def differentiated(*values: object) -> bool:
+    """Whether a derivative is being taken with respect to one of these values, backward or forward."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 need_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
 
 

@@ -106,7 +106,7 @@ def test_operations_of_the_hessian() -> None:
 
 def test_trainable_modules() -> None:
     """Their graph is the reference's, which takes any number of points too."""
-    modules = [MixtureScore(_mixture(), PROCESS, trainable=True) for _ in range(2)]
+    modules = [MixtureScore(_mixture(), trainable=True) for _ in range(2)]
     compiled = _compiled(modules[1])
     for n in (7, 3):
         for module, work in zip(modules, (modules[0], compiled), strict=True):
@@ -114,6 +114,35 @@ def test_trainable_modules() -> None:
             work(_points(n)).square().sum().backward()
         for eager, graph in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
             torch.testing.assert_close(graph.grad, eager.grad)
+
+
+def test_flows() -> None:
+    mixture, fresh = _mixture(), _mixture()
+
+    def work(x: Tensor, mixture: GaussianMixture) -> Tensor:
+        ends = flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0)
+        solution = flowfast.solve_flow(x, mixture, PROCESS, 0.5, x[:, 0].abs())
+        return torch.cat([ends, solution.x, solution.steps[:, None], solution.evaluations[:, None]], 1)
+
+    compiled = _compiled(lambda x: work(x, fresh))
+    for n in (11, 3, 64):
+        assert compiled(_points(n)).equal(work(_points(n), mixture))
+    bad = _points(11)
+    bad[2, 0] = float("nan")
+    assert compiled(bad)[:, :5].isnan().all(1).nonzero().tolist() == [[2]]
+    with pytest.raises(Exception, match="leave out steps"):
+        _compiled(lambda x: flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0, steps=3))(_points(3))
+
+
+def test_a_failed_trajectory_ends_in_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph cannot raise on values, as the call outside does."""
+    monkeypatch.setattr(flowfast.flow, "MOST_STEPS", 2)
+    mixture, x = _mixture(), _points(11)
+    with pytest.raises(RuntimeError, match="trajectories failed"):
+        flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0)
+    failed = flowfast.solve_flow(x, mixture, PROCESS, 1.0, 0.0).status != 0
+    got = _compiled(lambda x: flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0))(x)
+    assert failed.any() and got.isnan().all(1).equal(failed)
 
 
 def test_transforms_within_a_graph() -> None:

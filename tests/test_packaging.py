@@ -23,6 +23,7 @@ FLOORS = (
     ("reference", "_cpp", "_triton", "students"),
     ("backends", "training"),
     ("mixture", "operators"),
+    ("flow_operators",),
     ("process",),
     ("ops",),
     ("flow", "stability", "hessian", "modules"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import flowfast
-from flowfast import GaussianMixture, MixtureScore, OUProcess, backends, operators
+from flowfast import GaussianMixture, MixtureScore, OUProcess, backends, flow_operators, operators, reference
+from flowfast.tableaux import DORMAND_PRINCE, RK4
 
 DEVICE = os.environ.get("FLOWFAST_TEST_DEVICE", "cpu")
 BACKENDS = ("auto", "reference")
@@ -103,6 +104,27 @@ def test_autocast_is_off_within_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [torch.float32]
 
 
+def test_autocast_is_off_within_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def flow(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        seen.append((x @ x.T).dtype)
+        zero = torch.zeros(len(x), dtype=torch.int32, device=DEVICE)
+        return x.clone(), zero.to(torch.int8), zero, zero.clone()
+
+    def fixed(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return flow(*arguments)[:2]
+
+    monkeypatch.setattr(backends, "serve", lambda *request: SimpleNamespace(flow_adaptive=flow, flow_fixed=fixed))
+    monkeypatch.setattr(operators, "unseen", lambda tensors: False)
+    mixture, x = _mixture(torch.float32), _points(3, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for steps in (None, 2):
+            for backend in BACKENDS:
+                flowfast.solve_flow(x, mixture, PROCESS, 1.0, 0.5, steps=steps, backend=backend)
+    assert seen == [torch.float32] * 4
+
+
 def _layouts(dense: Tensor) -> Iterator[Tensor]:
     """Tensors of dense's shape in unusual memory, and dense's values where the layout allows them."""
     yield dense
@@ -129,6 +151,21 @@ def test_operators_pass_opcheck_in_every_layout(name: str) -> None:
         assert operator(*arguments).equal(operator(*plain))
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(operator, arguments)  # the laziest of them through all of it
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="flows on a GPU have tests of their own")
+def test_flows_are_operators() -> None:
+    mixture, x = _mixture(), _points(5)
+    ends = torch.tensor([0.1, 1.0, 1.4, 0.7], dtype=torch.float64)
+    start = [x, mixture.means, mixture.log_weights, torch.zeros_like(x[0]), ends]
+    h, coefficients = torch.full((3,), 0.4, dtype=torch.float64), torch.rand(3, 4, 4, dtype=torch.float64)
+    for name, rest in (("flow_fixed", [h, coefficients, RK4]), ("flow_adaptive", [DORMAND_PRINCE, 1e-6, 1e-8, 100])):
+        for layout in zip(*(_layouts(tensor) for tensor in start[:4]), strict=True):
+            arguments = [*layout, ends, *rest]
+            plain = [tensor.resolve_neg().clone(memory_format=torch.contiguous_format) for tensor in layout]
+            got, exact = flow_operators.OPERATORS[name](*arguments), getattr(reference, name)(*plain, ends, *rest)
+            torch.testing.assert_close(tuple(got), tuple(exact), equal_nan=True)
+            torch.library.opcheck(flow_operators.OPERATORS[name], arguments)
 
 
 def test_diameter_is_an_operator() -> None:
