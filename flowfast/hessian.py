@@ -45,14 +45,23 @@ def hessian_norm_bound(
             norm itself by Lanczos iteration on Hessian-vector products (float64; exact for d <= 64 or k <= 64; not
             within torch.compile).
 
+    Gradients reach x (kind "trace") and std, through the reference.
+
     Raises:
-        ValueError: unknown kind, and as in `posterior_weights`.
+        ValueError: unknown kind, a gradient wanted that does not exist (of the diameter with respect to means; any of
+            kind "exact"), and as in `posterior_weights`.
 
     Source: arXiv 2606.03820, Proposition 2 (global); trace: lambda_max(C) <= min(tr C, D^2 / 4), docs/math.md Eq. 5.
     """
     if kind not in ("trace", "global", "exact"):
         raise ValueError(f"kind must be 'trace', 'global' or 'exact'; got {kind!r}")
     rows = check_points(x, mixture)
+    lost = (mixture.means,) if kind != "exact" else (x, mixture.means, mixture.log_weights, mixture.std)
+    if operators.differentiated(*lost):
+        raise ValueError(
+            f"kind {kind!r} carries no gradient to {'means' if kind != 'exact' else 'x or the mixture'}: detach what "
+            "requires grad, or call under torch.no_grad()"
+        )
     if kind == "exact":
         return _lanczos_norm(rows, mixture, backend).reshape(x.shape[:-1]).to(x.dtype)
     slack = (

@@ -104,11 +104,12 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 # What torch 2.11 to 2.13 have no public name for. Were one to go, every call would take the operator's way.
-_is_tracing = getattr(torch._C, "_is_tracing", None)
-_top_transform = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", None)
-_profiling = getattr(torch._C._autograd, "_profiler_enabled", None)
+_is_tracing: Any = getattr(torch._C, "_is_tracing", None)
+_top_transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
+_profiling: Any = getattr(torch._C._autograd, "_profiler_enabled", None)
+_ALL_THERE = None not in (_is_tracing, _top_transform, _dispatch_modes, _function_modes, _profiling)
 
 
 def unseen(tensors: list[Tensor]) -> bool:
@@ -117,9 +118,7 @@ def unseen(tensors: list[Tensor]) -> bool:
     That is: no compiler, tracer, transform, mode or profiler is at work, and the tensors are plain, ready to be read
     by address and in need of no gradient.
     """
-    if torch.compiler.is_compiling() or not (
-        _is_tracing and _top_transform and _dispatch_modes and _function_modes and _profiling
-    ):
+    if not _ALL_THERE or torch.compiler.is_compiling():
         return False
     if _is_tracing() or _top_transform() is not None or _dispatch_modes() or _function_modes() or _profiling():
         return False

@@ -248,6 +248,20 @@ def test_divergence(backend: str) -> None:
     torch.autograd.gradgradcheck(lambda x: work(x, mixture.means, mixture.std), (points,))
 
 
+def test_norm_bounds_lose_no_gradient_in_silence() -> None:
+    mixture, x = _mixture(std=2.0), _points(3).requires_grad_()
+    torch.autograd.gradcheck(lambda x: flowfast.hessian_norm_bound(x, mixture), (x,))
+    std = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    wide = lambda std: flowfast.hessian_norm_bound(x.detach(), GaussianMixture(mixture.means, std), kind="global")  # noqa: E731
+    torch.autograd.gradcheck(wide, (std,))
+    means = mixture.means.clone().requires_grad_()
+    for points, own, kind in ((x, mixture, "exact"), (x.detach(), GaussianMixture(means, 2.0), "trace")):
+        with pytest.raises(ValueError, match=f"kind '{kind}' carries no gradient"):
+            flowfast.hessian_norm_bound(points, own, kind=kind)  # type: ignore[arg-type]
+        with torch.no_grad():
+            assert flowfast.hessian_norm_bound(points, own, kind=kind).shape == (3,)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operations_at_a_time_are_differentiable_twice(backend: str) -> None:
     mixture, x = _mixture(), _points(2).requires_grad_()
