@@ -93,7 +93,12 @@ def call(op: str, backend: str, tensors: list[Tensor], out: Tensor | None = None
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)  # as every operation in place does
         return body(*tensors, out=out)  # type: ignore[no-any-return]
-    if backend == "triton" and tensors[0].device.type == "cpu":
+    interpreted = backend == "triton" and tensors[0].is_cpu
+    if interpreted and differentiated(*tensors):
+        raise ValueError(
+            "Triton's interpreter carries no gradient: pass another backend for CPU tensors, or detach them"
+        )
+    if interpreted or (backend == "triton" and unseen(tensors)):
         with backends.full_precision(tensors[0].device):
             return getattr(backends.body(backend), op)(*(tensor.contiguous() for tensor in tensors))  # type: ignore[no-any-return]
     return OPERATORS[op](*tensors)
@@ -113,7 +118,7 @@ _ALL_THERE = None not in (_is_tracing, _top_transform, _dispatch_modes, _functio
 
 
 def unseen(tensors: list[Tensor]) -> bool:
-    """Whether nothing could tell a call of the C++ body from one of the operator, which takes five times as long.
+    """Whether nothing could tell a call of the body from one of the operator (bench/overhead.py has what that spares).
 
     That is: no compiler, tracer, transform, mode or profiler is at work, and the tensors are plain, ready to be read
     by address and in need of no gradient.

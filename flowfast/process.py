@@ -55,7 +55,7 @@ class OUProcess:
         if self._constant is not None:
             return torch.full_like(t, self._constant)
         if self._table is not None:
-            times, values, _ = self._table
+            times, values, _ = (column.to(t.device) for column in self._table)
             i = (torch.searchsorted(times, t, right=True) - 1).clamp(0, len(times) - 2)
             slope = (values[i + 1] - values[i]) / (times[i + 1] - times[i])
             return values[i] + slope * (t - times[i])
@@ -67,7 +67,7 @@ class OUProcess:
         if self._constant is not None:
             return -self._constant * t
         if self._table is not None:
-            times, values, integral = self._table
+            times, values, integral = (column.to(t.device) for column in self._table)
             i = (torch.searchsorted(times, t, right=True) - 1).clamp(0, len(times) - 2)
             return -(integral[i] + (t - times[i]) * (values[i] + self.beta(t)) / 2)
         return -self._pointwise(self._integral_to, t)

@@ -142,6 +142,15 @@ def test_score_matching_finds_the_mixture() -> None:
     assert abs(student.std.item() - 0.5) < 0.05
 
 
+def test_export() -> None:
+    module, n = MixtureScore(_mixture(), PROCESS), torch.export.Dim("n", min=2)
+    example = (_points(7), torch.rand(7, device=DEVICE))
+    program = torch.export.export(module, example, dynamic_shapes=({0: n}, {0: n}), strict=False)
+    x, t = _points(12), torch.linspace(0, 1, 12, device=DEVICE)
+    assert program.module()(x, t).equal(module(x, t))
+    assert list(program.state_dict) == STATE
+
+
 def test_ensembles_and_derivatives() -> None:
     """`torch.func`: several mixtures at once, derivatives in x and in the state."""
     modules, x = [MixtureScore(_mixture(seed), PROCESS) for seed in range(3)], _points(4)
