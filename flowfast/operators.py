@@ -136,8 +136,18 @@ def unseen(tensors: list[Tensor]) -> bool:
     return True
 
 
-def need_reference() -> bool:
-    """Whether a derivative is being taken that custom operators refuse or lose: forward mode, or one of torch.func.
+def need_reference(tensors: list[Tensor]) -> bool:
+    """Whether a derivative that custom operators refuse or lose is being taken with respect to one of these tensors.
+
+    That is one in forward mode, or one of torch.func; what neither follows goes through the operators there too.
+    """
+    if not _transforming():
+        return False
+    return torch.compiler.is_compiling() or any(_followed(tensor) for tensor in tensors)
+
+
+def _transforming() -> bool:
+    """Whether forward mode or a derivative of torch.func is at work.
 
     A compiler asks once, while it traces: it guards on the transforms that were at work then.
     """
@@ -147,17 +157,28 @@ def need_reference() -> bool:
     return levels is not None and any(level.key() == TransformType.Grad for level in levels)
 
 
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
+
+
+def _followed(tensor: Tensor) -> bool:
+    forward = forward_ad._current_level >= 0
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if forward or tensor.requires_grad:  # a wrapper does not say whether a tangent is within
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def differentiated(*values: object) -> bool:
     """Whether a derivative is being taken with respect to one of these values, backward or forward."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling():  # a graph's tensors do not say, so any transform counts
+        return _transforming()
+    if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-need_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
 
 
 def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], args: _Saved) -> tuple[Tensor, int]:

@@ -3,8 +3,8 @@
 Every function takes x of shape (..., d), float32 or float64 (bfloat16 and float16 are computed in float32), and gives
 back x's dtype and device. Accuracy against float64, per row and norm-wise: error <= max(1e-10, 64 eps (1 + |m|/std)),
 eps that of the dtype computed in, for any x, also half-way between means, and for any std down to 1e-8; see
-tests/tolerances.py. Gradients reach x through the compiled kernels; when the mixture's own means, weights or std
-require grad, in forward mode and within torch.func's derivatives the reference computes instead (slower, memory n k).
+tests/tolerances.py. Gradients reach x through the compiled kernels; for those of the mixture's own means, weights and
+std, for forward mode and for torch.func's derivatives the reference computes instead (slower, memory n k).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _pointwise(
     # the mixture's or the times' own gradients
     own = means.requires_grad or log_weights.requires_grad or alpha.requires_grad or std.requires_grad
     beyond = op == "covariance_trace" and x.requires_grad
-    if name == "reference" or own or beyond or operators.need_reference():
+    if name == "reference" or own or beyond or operators.need_reference(tensors):
         result: Tensor = getattr(reference, op)(*tensors)
     elif out is None or out.dtype != dtype:
         result = operators.call(op, name, tensors)

@@ -130,6 +130,11 @@ def test_flows() -> None:
     bad = _points(11)
     bad[2, 0] = float("nan")
     assert compiled(bad)[:, :5].isnan().all(1).nonzero().tolist() == [[2]]
+    forward = _compiled(
+        lambda x: torch.func.jvp(lambda x: flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0), (x,), (x,))
+    )
+    with pytest.raises(Exception, match="carries no gradient"):
+        forward(_points(3))
     with pytest.raises(Exception, match="leave out steps"):
         _compiled(lambda x: flowfast.flow_map(x, mixture, PROCESS, 1.0, 0.0, steps=3))(_points(3))
 

@@ -202,6 +202,53 @@ def test_derivatives_against_the_reference(name: str) -> None:
     close(pulled, torch.einsum("i,inj->nj", value.flatten(), jacobian.reshape(value.numel(), *x.shape)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_transform_does_not_follow_is_computed_by_kernels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's targets within somebody else's functional training step; the mixture's first call is there, too."""
+    x, y = _points(4, dtype), _points(3, dtype)
+    matrix = torch.eye(5, dtype=dtype, device=DEVICE)
+    exact = [flowfast.score(x, _mixture(dtype)), flowfast.velocity(y, _mixture(dtype), PROCESS, 0.3)]
+    mixture = _mixture(dtype)
+
+    def loss(matrix: Tensor) -> Tensor:
+        targets = flowfast.score(x.reshape(2, 2, 5), mixture), flowfast.velocity(y, mixture, PROCESS, 0.3)
+        return (x @ matrix * targets[0].reshape(4, 5)).sum() + (y @ matrix * targets[1]).sum()
+
+    slope = x.T @ exact[0] + y.T @ exact[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "score", lambda *_: pytest.fail("the reference was called"))
+        for gradient in (torch.func.grad(loss)(matrix), torch.func.jacrev(loss)(matrix)):
+            torch.testing.assert_close(gradient, slope)
+    if dtype == torch.float64:  # in forward mode the reference may compute, with other rounding
+        torch.testing.assert_close(torch.func.jacfwd(loss)(matrix), slope)
+    assert torch.func.hessian(loss)(matrix).eq(0).all()
+    assert flowfast.score(x, mixture).equal(exact[0])  # nothing of a transform stayed with the mixture
+    leaf = x.clone().requires_grad_()  # followed by plain autograd from outside
+    torch.func.grad(lambda m: (flowfast.score(leaf, mixture) * m[0]).sum())(matrix)[0].sum().backward()
+    torch.testing.assert_close(leaf.grad, flowfast.hessian_vector_product(x, torch.ones_like(x), mixture))
+
+
+def test_nested_transforms_follow_the_outer_variable() -> None:
+    mixture, x = _mixture(), _points(3)
+    product = flowfast.hessian_vector_product(x, x, mixture)
+
+    def inner(y: Tensor, scale: Tensor) -> Tensor:
+        return (flowfast.score(y, mixture) * scale).sum()  # the inner transform follows scale alone
+
+    one = torch.ones((), dtype=x.dtype, device=DEVICE)
+    outer = lambda y: torch.func.grad(lambda scale: inner(y, scale))(one)  # noqa: E731
+    jacobian = flowfast.hessian_vector_product(x, torch.ones_like(x), mixture)
+    torch.testing.assert_close(torch.func.grad(outer)(x), jacobian)
+    torch.testing.assert_close(torch.func.jvp(outer, (x,), (x,))[1], product.sum())
+    through = lambda y: torch.func.jvp(lambda scale: inner(y, scale), (one,), (one,))[1]  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(through)(x), jacobian)
+    torch.testing.assert_close(torch.func.jvp(through, (x,), (x,))[1], product.sum())
+    rows = torch.func.vmap(torch.func.grad(lambda y: torch.func.grad(lambda s: inner(y, s))(one)))(x)
+    torch.testing.assert_close(rows, jacobian)
+
+
 def test_hessians_and_third_derivatives_compose() -> None:
     mixture, x = _mixture(), _points(4)
 
