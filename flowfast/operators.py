@@ -176,9 +176,7 @@ def differentiated(*values: object) -> bool:
         return True
     if torch.compiler.is_compiling():  # a graph's tensors do not say, so any transform counts
         return _transforming()
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(_followed(tensor) for tensor in tensors)
 
 
 def _vmap(op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], args: _Saved) -> tuple[Tensor, int]:

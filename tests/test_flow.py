@@ -249,8 +249,10 @@ def test_flows_lose_no_gradient_in_silence() -> None:
     for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())):
         with pytest.raises((ValueError, RuntimeError), match="carries no gradient|[Vv]map|[Bb]atching"):
             transform(wanted["x"])(x)
-    with pytest.raises(ValueError, match="carries no gradient"):
-        torch.func.jvp(wanted["x"], (x,), (x,))
+    inner = lambda y: torch.func.grad(lambda scale: (wanted["x"](y) * scale).sum())(torch.ones(1).double()[0])  # noqa: E731
+    for work in (wanted["x"], inner):  # inner: what the inner transform does not follow, the outer does
+        with pytest.raises(ValueError, match="carries no gradient"):
+            torch.func.jvp(work, (x,), (x,))
     assert torch.func.grad(lambda y: (y * wanted["x"](x)).sum())(x).equal(wanted["x"](x))  # a target is no part of it
 
 
