@@ -64,9 +64,8 @@ def hessian_norm_bound(
         )
     if kind == "exact":
         return _lanczos_norm(rows, mixture, backend).reshape(x.shape[:-1]).to(x.dtype)
-    slack = (
-        1 + 64 * torch.finfo(working_dtype(x.dtype)).eps
-    )  # rounding must not take the bound below the norm it bounds
+    # rounding must not take the bound below the norm it bounds
+    slack = 1 + 64 * torch.finfo(working_dtype(x.dtype)).eps
     precision = scale(mixture.std, x.device) ** -2
     widest = slack * _diameter(mixture, backend) ** 2 / 4
     largest = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device) * widest

@@ -85,7 +85,8 @@ def hessian_vector_product(x: Tensor, v: Tensor, mixture: GaussianMixture, *, ba
 def covariance_trace(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """Trace of the posterior covariance of the means, `sum_k gamma_k |m_k|^2 - |mbar|^2`: (...,).
 
-    Arguments and errors as in `posterior_weights`. Bounds its largest eigenvalue from above (docs/math.md Eq. 5).
+    Arguments and errors as in `posterior_weights`. Bounds its largest eigenvalue from above (docs/math.md Eq. 5). Its
+    gradient is computed by the reference.
     """
     return _pointwise("covariance_trace", x, mixture, backend)
 
