@@ -77,13 +77,13 @@ def dots(dots_ptr, row, rows, offs, K, buffers):
 
 
 @triton.jit
-def tile_logits(dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, alpha, gain, K):
+def tile_logits(dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K):
     """Logits, scaled products and norms |m'| of one tile of a chunk; logit -inf past the last component."""
     there = offs < count
     log_w = tl.load(log_weights_ptr + offs * stride_w, mask=there, other=MINUS_INF).to(tl.float64)
     square = tl.load(square_ptr + offs, mask=there, other=0.0)
     scaled = gain * dots(dots_ptr, row, rows, offs, K, buffers)
-    return log_w + (scaled - gain * alpha * 0.5 * square), scaled, square
+    return log_w + (scaled - half * square), scaled, square
 
 
 @triton.jit
@@ -119,44 +119,43 @@ def softmax_kernel(
     alpha = tl.load(alpha_ptr + row * stride_a)
     std = tl.load(std_ptr + row * stride_s)
     gain = alpha / (std * std)
+    half = 0.5 * alpha * gain
     before = tl.load(top_ptr + i)
-    old_total = tl.load(total_ptr + i)
-    old_spread = tl.load(spread_ptr + i)
-    old_along = tl.load(along_ptr + i)
     dots_rows = rows * 2 if PRODUCT else rows
     top = before
     for start in range(0, count, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
         logits, _, _ = tile_logits(
-            dots_ptr, i, dots_rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, alpha, gain, K
+            dots_ptr, i, dots_rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
         top = tl.maximum(top, tl.max(logits, axis=0))
     shift = tl.where(top == MINUS_INF, 0.0, top)  # nothing seen yet: exp(-inf - 0) = 0
     old = tl.exp(before - shift)
-    total = tl.zeros((BLOCK_K,), tl.float64)
-    spread = tl.zeros((BLOCK_K,), tl.float64)
-    along = tl.zeros((BLOCK_K,), tl.float64)
+    total = tl.zeros((), tl.float64)
+    spread = tl.zeros((), tl.float64)
+    along = tl.zeros((), tl.float64)
     for start in range(0, K, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
         logits, _, square = tile_logits(
-            dots_ptr, i, dots_rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, alpha, gain, K
+            dots_ptr, i, dots_rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
         p = tl.exp((logits - shift).to(dots_ptr.dtype.element_ty))
         p = _store_pieces(p_ptr, i, offs, p, K, PIECES, ROUND)
-        total += p.to(tl.float64)
-        spread += p.to(tl.float64) * square
+        total += tl.sum(p.to(tl.float64), axis=0)
+        spread += tl.sum(p.to(tl.float64) * square, axis=0)
         if PRODUCT:
             pull = p * dots(dots_ptr, rows + i, dots_rows, offs, K, buffers).to(p.dtype)
             pull = _store_pieces(p_ptr, rows + i, offs, pull, K, PIECES, ROUND)
-            along += pull.to(tl.float64)
+            along += tl.sum(pull.to(tl.float64), axis=0)
         if WEIGHTS:
             out = p.to(weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + row * stride_weights + offs, out, mask=there & (offs < count))
     tl.store(top_ptr + i, top)
     tl.store(scale_ptr + i, old)
-    tl.store(total_ptr + i, old_total * old + tl.sum(total, axis=0))
-    tl.store(spread_ptr + i, old_spread * old + tl.sum(spread, axis=0))
-    tl.store(along_ptr + i, old_along * old + tl.sum(along, axis=0))
+    tl.store(total_ptr + i, tl.load(total_ptr + i) * old + total)
+    tl.store(spread_ptr + i, tl.load(spread_ptr + i) * old + spread)
+    if PRODUCT:
+        tl.store(along_ptr + i, tl.load(along_ptr + i) * old + along)
     if WEIGHTS:
         tl.store(chunk_top_ptr + i, shift)
 

@@ -45,6 +45,7 @@ def screen_kernel(
     alpha = tl.load(alpha_ptr + row * stride_a)
     std = tl.load(std_ptr + row * stride_s)
     gain = alpha / (std * std)
+    half = 0.5 * alpha * gain
     x_square = tl.load(x_square_ptr + row)
     scale = gain * error * tl.sqrt(x_square)
     lowest = tl.load(lowest_ptr + row)
@@ -54,7 +55,7 @@ def screen_kernel(
     for start in range(0, count, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
         logits, scaled, square = tile_logits(
-            dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, alpha, gain, K
+            dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
         lowest = tl.maximum(lowest, tl.max(logits - scale * tl.sqrt(square), axis=0))
     bound = _threshold(lowest, x_square, std, k)
@@ -63,16 +64,16 @@ def screen_kernel(
     kept = tl.load(kept_ptr + row)
     held = slots < kept
     number = tl.load(old_ptr + row * LIST + slots, mask=held, other=0)
-    upper = tl.load(old_upper_ptr + row * LIST + slots, mask=held, other=MINUS_INF)
-    held = held & (upper >= bound)
-    place = tl.cumsum(held.to(tl.int32), axis=0) - 1
-    tl.store(new_ptr + row * LIST + place, number, mask=held)
-    tl.store(new_upper_ptr + row * LIST + place, upper, mask=held)
+    old_upper = tl.load(old_upper_ptr + row * LIST + slots, mask=held, other=MINUS_INF)
+    held = held & (old_upper >= bound)
+    old_place = tl.cumsum(held.to(tl.int32), axis=0) - 1
+    tl.store(new_ptr + row * LIST + old_place, number, mask=held)
+    tl.store(new_upper_ptr + row * LIST + old_place, old_upper, mask=held)
     kept = tl.sum(held.to(tl.int32), axis=0)
     for start in range(0, count, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
         logits, scaled, square = tile_logits(
-            dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, alpha, gain, K
+            dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
         upper = logits + scale * tl.sqrt(square)
         matters = (upper >= bound) & (logits > MINUS_INF)
@@ -199,9 +200,9 @@ def refine_kernel(
                 v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float64)
                 along += tl.sum(around * v[None, :], axis=1)
         if LOG_DENSITY:
-            value = tl.load(log_weights_ptr + first * stride_w).to(tl.float64) + tl.log(total)
-            value -= 0.5 * tl.sum(squares, axis=0) + d * (tl.log(std) + HALF_LOG_2_PI)
-            tl.store(log_density_ptr + row, value.to(log_density_ptr.dtype.element_ty))
+            density = tl.load(log_weights_ptr + first * stride_w).to(tl.float64) + tl.log(total)
+            density -= 0.5 * tl.sum(squares, axis=0) + d * (tl.log(std) + HALF_LOG_2_PI)
+            tl.store(log_density_ptr + row, density.to(log_density_ptr.dtype.element_ty))
         if TRACE:
             tl.store(trace_ptr + row, tl.sum(spread, axis=0).to(trace_ptr.dtype.element_ty))
         if PRODUCT:

@@ -84,7 +84,7 @@ def _refine(
     candidate_kernel[(len(x), LIST)](
         x, x.stride(0), x.stride(1), means, means.stride(0), means.stride(1), w, w.stride(0),
         alpha, alpha.stride(0), std, std.stride(0), *lists, d,
-        LIST, 4 * block, (4 * block).bit_length() - 1, num_warps=1,
+        LIST, 2 * block, (2 * block).bit_length() - 1, num_warps=1,
     )  # fmt: skip
     refine_kernel[(len(x),)](
         x, x.stride(0), x.stride(1), v, v.stride(0), v.stride(1), means, means.stride(0), means.stride(1),
@@ -148,7 +148,7 @@ def sweep_rows(job: Job, rows: Tensor, kind: Form) -> None:
                 room["p"], top, total, spread, along, scale,
                 job.x if weights is None else weights[:, start:], k, room["chunk_top"][number if weights is not None else 0],
                 count, sizes.rows, len(room["dots"]), chunk,
-                product, weights is not None, kind.pieces, kind.rounded, blocks["BLOCK_K"], num_warps=warps,
+                product, weights is not None, kind.pieces, kind.rounded, blocks["PRODUCT_K" if product else "BLOCK_K"], num_warps=warps,
             )  # fmt: skip
             _averages(room["p"], tall, room["parts"], chunk, kind)
             acc, block_d = room["acc"], blocks["BLOCK_D"]

@@ -23,16 +23,20 @@ on the others, as far as the matrix product treats rows alike wherever they stan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .launch import gpu_name, launch
+from .chunks import finish_kernel, merge_kernel, softmax_kernel, split_kernel
+from .launch import Launch, Variant, gpu_name, launch, rows
 from .posterior import OUTPUTS
+from .screen import candidate_kernel, refine_kernel, screen_kernel
 from .stages import Job, difference_rows, screen_rows, sweep_rows
-from .workspace import form
+from .workspace import LIST, Form, form
 
 PRECISIONS = ("bf16x3", "bf16x6", "ieee")
 CENTERS = 256  # means that the center is the mean of
@@ -90,3 +94,60 @@ def _on(device: torch.device) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             yield
+
+
+def variants() -> list[Variant]:
+    """Every kernel of the pass as it is launched on a GPU, those that form outputs with one set: all of them."""
+    found = []
+    for row in rows("two_pass"):
+        for name, kernel, kind, constants in _launches(row["dtype"], row["blocks"]):
+            types = {argument: _type(argument, row["dtype"], kind) for argument in kernel.arg_names}
+            types = {argument: type_ for argument, type_ in types.items() if argument not in constants}
+            config = Launch(row["blocks"], 1 if kernel is candidate_kernel else row["warps"], row["stages"])
+            found.append(Variant(f"two_pass {row['gpu']} {row['dtype']} {name}", kernel, types, constants, config))
+    return found
+
+
+def _launches(dtype: str, blocks: Mapping[str, int]) -> Iterator[tuple[str, Any, Form, dict[str, Any]]]:
+    """Name, kernel, form of the products and constants of every launch."""
+    tile_k, tile_d, near_d = {"BLOCK_K": blocks["BLOCK_K"]}, {"BLOCK_D": blocks["BLOCK_D"]}, blocks["CANDIDATE_D"]
+    outputs = dict.fromkeys(("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT"), True)
+    for name in ("bf16x1", *(PRECISIONS if dtype == "float32" else ()), "float64"):
+        kind = form(name, torch.device("cuda"))
+        pieces = {"PIECES": kind.pieces, "ROUND": kind.rounded}
+        points = {"GATHER": name != "bf16x1", "CENTER": True, "SHIFT": True, "REVERSED": True}
+        means = {"GATHER": False, "CENTER": True, "SHIFT": False, "REVERSED": False}
+        yield f"split points {name}", split_kernel, kind, points | pieces | tile_d
+        yield f"split means {name}", split_kernel, kind, means | pieces | tile_d
+        if name == "bf16x1":
+            yield "screen", screen_kernel, kind, tile_k | {"LIST": LIST}
+            log_d = (2 * near_d).bit_length() - 1
+            yield "candidate", candidate_kernel, kind, {"LIST": LIST, "BLOCK_D": 2 * near_d, "LOG_D": log_d}
+            yield "refine", refine_kernel, kind, outputs | {"LIST": LIST, "BLOCK_D": near_d}
+            continue
+        for product, weights in itertools.product((False, True), repeat=2):
+            tile = {"BLOCK_K": blocks["PRODUCT_K" if product else "BLOCK_K"]}
+            label = f"softmax {name}{' product' * product}{' weights' * weights}"
+            yield label, softmax_kernel, kind, pieces | tile | {"PRODUCT": product, "WEIGHTS": weights}
+        if name in ("bf16x6", "float64"):  # these two know the sums' dtype alone
+            yield f"merge {name}", merge_kernel, kind, tile_d
+            yield f"finish {name}", finish_kernel, kind, outputs | tile_k | tile_d
+
+
+def _type(argument: str, dtype: str, kind: Form) -> str:
+    """Type of a kernel's argument, as the compiler names it."""
+    name, pointer = argument.removesuffix("_ptr"), argument.endswith("_ptr")
+    short = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    groups = {
+        "*i32": ("number", "old", "new", "kept"),
+        "*i64": ("rows",),
+        short[kind.store]: ("wide", "tall", "p"),
+        short[kind.sums]: ("dots", "parts", "acc"),
+        "*fp" + dtype[-2:]: (
+            "x", "direction", "means", "log_weights", "source", "log_density", "score", "mean", "trace", "weights",
+            "product",
+        ),
+    }  # fmt: skip
+    if not pointer:
+        return "fp32" if name == "error" else "i32"
+    return next((kind for kind, names in groups.items() if name in names), "*fp64")
