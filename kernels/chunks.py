@@ -24,47 +24,49 @@ def _piece(rest, ROUND: tl.constexpr):
     return rest
 
 
-@triton.jit(do_not_specialize=["count", "d", "padded"])
+@triton.jit(do_not_specialize=["count", "rows", "d", "padded"])
 def split_kernel(
     source_ptr, stride_n, stride_d, rows_ptr, count, center_ptr, shift_ptr, stride_shift,
-    wide_ptr, tall_ptr, square_ptr, d, padded,
+    wide_ptr, tall_ptr, square_ptr, rows, d, padded,
     GATHER: tl.constexpr, CENTER: tl.constexpr, SHIFT: tl.constexpr, PIECES: tl.constexpr, ROUND: tl.constexpr,
-    REVERSED: tl.constexpr, BLOCK_D: tl.constexpr,
+    REVERSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row i of source minus shift times center (shift 1 unless SHIFT), cut into pieces; rows from `count` on are zero.
 
     wide: (rows, PIECES padded), pieces beside each other, largest first unless REVERSED. tall: (PIECES rows, padded),
     pieces below each other, only if there are several. square: (rows,) squared norm of the sum of the pieces.
     """
-    i = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = i < count
     row = i
     if GATHER:
         row = tl.load(rows_ptr + i, mask=there, other=0)
-    shift = 1.0
+    shift = tl.full((BLOCK_N,), 1.0, tl.float64)
     if SHIFT:
         shift = tl.load(shift_ptr + row * stride_shift, mask=there, other=0.0)
-    square = tl.zeros((BLOCK_D,), tl.float64)
+    square = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, padded, BLOCK_D):
         offs = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        mask = there & (offs < d)
-        value = tl.load(source_ptr + row * stride_n + offs * stride_d, mask=mask, other=0.0).to(tl.float64)
+        mask = there[:, None] & (offs < d)[None, :]
+        source_ptrs = source_ptr + row[:, None] * stride_n + offs[None, :] * stride_d
+        value = tl.load(source_ptrs, mask=mask, other=0.0).to(tl.float64)
         if CENTER:
-            value -= shift * tl.load(center_ptr + offs, mask=mask, other=0.0)
+            center = tl.load(center_ptr + offs, mask=offs < d, other=0.0)
+            value = tl.where(mask, value - shift[:, None] * center[None, :], 0.0)
         rest = value.to(wide_ptr.dtype.element_ty)
         if ROUND:
             rest = value.to(tl.float32)
-        square += rest.to(tl.float64) * rest.to(tl.float64)
+        square += tl.sum(rest.to(tl.float64) * rest.to(tl.float64), axis=1)
+        mask = (i < rows)[:, None] & (offs < padded)[None, :]
         for part in tl.static_range(PIECES):
             piece = _piece(rest, ROUND)
             rest = rest - piece
             place = PIECES - 1 - part if REVERSED else part
             out = piece.to(wide_ptr.dtype.element_ty)
-            tl.store(wide_ptr + (i * PIECES + place) * padded + offs, out, mask=offs < padded)
+            tl.store(wide_ptr + (i * PIECES + place)[:, None] * padded + offs[None, :], out, mask=mask)
             if PIECES > 1 and not REVERSED:
-                below = part * tl.num_programs(0) + i
-                tl.store(tall_ptr + below * padded + offs, out, mask=offs < padded)
-    tl.store(square_ptr + i, tl.sum(square, axis=0))
+                tl.store(tall_ptr + (part * rows + i)[:, None] * padded + offs[None, :], out, mask=mask)
+    tl.store(square_ptr + i, square, mask=i < rows)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .accurate import sum_pairs, two_product, two_sum
+from .accurate import two_product, two_sum
 from .chunks import HALF_LOG_2_PI, MINUS_INF, tile_logits
 
 SLACK = tl.constexpr(24.0)  # see `_threshold`
@@ -107,43 +107,52 @@ def _candidates(number_ptr, upper_ptr, kept_ptr, bound_ptr, lost_ptr, row, LIST:
     return number, held, lead, settled
 
 
+@triton.jit
+def _join(high, low, other_high, other_low):
+    high, error = two_sum(high, other_high)
+    return high, (low + other_low) + error
+
+
 @triton.jit(do_not_specialize=["d"])
 def candidate_kernel(
     x_ptr, stride_xn, stride_xd, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
     alpha_ptr, stride_a, std_ptr, stride_s, number_ptr, upper_ptr, kept_ptr, bound_ptr, lost_ptr, logits_ptr, d,
-    LIST: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the logit of one entry of a row's list relative to its leading entry; logits (rows, LIST) float64."""
-    row, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    number, held, lead, _ = _candidates(number_ptr, upper_ptr, kept_ptr, bound_ptr, lost_ptr, row, LIST)
+    """One program: the logits of a row's list relative to its leading entry, logits (rows, LIST) float64."""
+    row = tl.program_id(0).to(tl.int64)
+    number, held, lead, settled = _candidates(number_ptr, upper_ptr, kept_ptr, bound_ptr, lost_ptr, row, LIST)
     slots = tl.arange(0, LIST)
-    logit = tl.full((), MINUS_INF, tl.float64)
-    if tl.sum((held & (slots == slot)).to(tl.int32), axis=0) > 0:
+    alpha = tl.load(alpha_ptr + row * stride_a)
+    std = tl.load(std_ptr + row * stride_s)
+    first = tl.sum(tl.where(slots == lead, number, 0), axis=0)
+    lead_w = tl.load(log_weights_ptr + first * stride_w).to(tl.float64)
+    logits = tl.where(held & (slots == lead), 0.0, MINUS_INF).to(tl.float64)
+    for slot in range(0, tl.where(settled, tl.load(kept_ptr + row), 0)):
         mine = tl.sum(tl.where(slots == slot, number, 0), axis=0)
-        first = tl.sum(tl.where(slots == lead, number, 0), axis=0)
-        alpha = tl.load(alpha_ptr + row * stride_a)
-        std = tl.load(std_ptr + row * stride_s)
-        high = tl.zeros((1, 1, BLOCK_D), tl.float64)
-        low = tl.zeros((1, 1, BLOCK_D), tl.float64)
-        for start in range(0, d, BLOCK_D):
-            offs = start + tl.arange(0, BLOCK_D).to(tl.int64)[None, None, :]
-            mask = offs < d
-            x = tl.load(x_ptr + row * stride_xn + offs * stride_xd, mask=mask, other=0.0).to(tl.float64)
-            lead_m = tl.load(means_ptr + first * stride_mk + offs * stride_md, mask=mask, other=0.0).to(tl.float64)
-            m = tl.load(means_ptr + mine * stride_mk + offs * stride_md, mask=mask, other=0.0).to(tl.float64)
-            # alpha (m_lead - m) . (2x - alpha (m_lead + m)), every sum and product with its error
-            gap, gap_error = two_sum(lead_m, -m)
-            pair, pair_error = two_sum(lead_m, m)
-            product, product_error = two_product(alpha, pair)
-            middle, middle_error = two_sum(2 * x, -product)
-            middle_error = middle_error - product_error - alpha * pair_error
-            term, term_error = two_product(gap, middle)
-            high, error = two_sum(high, term)
-            low += error + (term_error + gap * middle_error + gap_error * middle)
-        farther = tl.sum(sum_pairs(high, low, 1, 1, BLOCK_D, LOG_D)) / std
-        prior = tl.load(log_weights_ptr + mine * stride_w).to(tl.float64)
-        logit = prior - tl.load(log_weights_ptr + first * stride_w).to(tl.float64) - farther * (0.5 * alpha / std)
-    tl.store(logits_ptr + row * LIST + slot, logit)
+        if mine != first:
+            high = tl.zeros((BLOCK_D,), tl.float64)
+            low = tl.zeros((BLOCK_D,), tl.float64)
+            for start in range(0, d, BLOCK_D):
+                offs = start + tl.arange(0, BLOCK_D).to(tl.int64)
+                mask = offs < d
+                x = tl.load(x_ptr + row * stride_xn + offs * stride_xd, mask=mask, other=0.0).to(tl.float64)
+                lead_m = tl.load(means_ptr + first * stride_mk + offs * stride_md, mask=mask, other=0.0).to(tl.float64)
+                m = tl.load(means_ptr + mine * stride_mk + offs * stride_md, mask=mask, other=0.0).to(tl.float64)
+                # alpha (m_lead - m) . (2x - alpha (m_lead + m)), every sum and product with its error
+                gap, gap_error = two_sum(lead_m, -m)
+                pair, pair_error = two_sum(lead_m, m)
+                product, product_error = two_product(alpha, pair)
+                middle, middle_error = two_sum(2 * x, -product)
+                middle_error = middle_error - product_error - alpha * pair_error
+                term, term_error = two_product(gap, middle)
+                high, error = two_sum(high, term)
+                low += error + (term_error + gap * middle_error + gap_error * middle)
+            high, low = tl.reduce((high, low), 0, _join)
+            farther = (high + low) / std
+            prior = tl.load(log_weights_ptr + mine * stride_w).to(tl.float64) - lead_w
+            logits = tl.where(held & (slots == slot), prior - farther * (0.5 * alpha / std), logits)
+    tl.store(logits_ptr + row * LIST + slots, logits)
 
 
 @triton.jit(do_not_specialize=["k", "d"])

@@ -46,7 +46,7 @@ def screen_rows(job: Job, kind: Form) -> Tensor:
     sizes = plan(n, k, d, screen, screen=True)
     room = _allocate(sizes, job.x.device)
     way = torch.empty((n,), dtype=torch.int8, device=job.x.device)
-    error = 2.0**-7 + 2.0**-14 + d * 2.0**-22
+    error = screen_error(d)
     lowest, lost, size, reach, bound = room["state"]
     for first in range(0, n, sizes.rows):
         rows = min(sizes.rows, n - first)
@@ -74,22 +74,28 @@ def screen_rows(job: Job, kind: Form) -> Tensor:
     return way
 
 
+def screen_error(d: int) -> float:
+    """|x1 . m1 - x' . m'| <= screen_error(d) |x'| |m'|: two roundings to 8 bits, and sums of d terms that truncate."""
+    return 2.0**-7 + 2.0**-14 + d * 2.0**-22
+
+
 def _refine(
     job: Job, x: Tensor, alpha: Tensor, std: Tensor, first: int, number: Tensor, upper: Tensor,
     room: dict[str, Tensor], lost: Tensor, bound: Tensor,
 ) -> None:  # fmt: skip
-    block = job.config.blocks["CANDIDATE_D"]
+    blocks, warps = job.config.blocks, job.config.warps
+    candidate_d, refine_d = blocks["CANDIDATE_D"], blocks["REFINE_D"]
     d, means, w, v = x.shape[1], job.means, job.log_weights, job.direction[first:]
     lists = (number, upper, room["kept"], bound, lost, room["logits"])
-    candidate_kernel[(len(x), LIST)](
+    candidate_kernel[(len(x),)](
         x, x.stride(0), x.stride(1), means, means.stride(0), means.stride(1), w, w.stride(0),
         alpha, alpha.stride(0), std, std.stride(0), *lists, d,
-        LIST, 2 * block, (2 * block).bit_length() - 1, num_warps=1,
+        LIST, candidate_d, num_warps=warps,
     )  # fmt: skip
     refine_kernel[(len(x),)](
         x, x.stride(0), x.stride(1), v, v.stride(0), v.stride(1), means, means.stride(0), means.stride(1),
         w, w.stride(0), alpha, alpha.stride(0), std, std.stride(0), *lists,
-        *job.outputs(first), means.shape[0], d, *job.flags, LIST, block, num_warps=job.config.warps,
+        *job.outputs(first), means.shape[0], d, *job.flags, LIST, refine_d, num_warps=warps,
     )  # fmt: skip
 
 
@@ -192,12 +198,13 @@ def _split(
     square: Tensor, padded: int, kind: Form, *, center: bool = False, reverse: bool = False,
 ) -> None:  # fmt: skip
     """Pieces of `source - shift center` (`source - center` if `center`, else `source`); see `split_kernel`."""
-    split_kernel[(len(wide),)](
+    rows_tile, tile = job.config.blocks["SPLIT_N"], job.config.blocks["SPLIT_D"]
+    split_kernel[(-(-len(wide) // rows_tile),)](
         source, source.stride(0), source.stride(1), square if rows is None else rows, count,
         job.center, square if shift is None else shift, 0 if shift is None else shift.stride(0),
-        wide, tall, square, source.shape[1], padded,
+        wide, tall, square, len(wide), source.shape[1], padded,
         rows is not None, center or shift is not None, shift is not None, kind.pieces, kind.rounded, reverse,
-        job.config.blocks["BLOCK_D"], num_warps=job.config.warps,
+        rows_tile, tile, num_warps=job.config.warps,
     )  # fmt: skip
 
 

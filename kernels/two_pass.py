@@ -97,33 +97,37 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 def variants() -> list[Variant]:
-    """Every kernel of the pass as it is launched on a GPU, those that form outputs with one set: all of them."""
+    """Every kernel of the pass as it is launched on a GPU, those that form outputs for the score and for all."""
     found = []
     for row in rows("two_pass"):
+        if row["gpu"] == "":  # of the interpreter
+            continue
         for name, kernel, kind, constants in _launches(row["dtype"], row["blocks"]):
             types = {argument: _type(argument, row["dtype"], kind) for argument in kernel.arg_names}
             types = {argument: type_ for argument, type_ in types.items() if argument not in constants}
-            config = Launch(row["blocks"], 1 if kernel is candidate_kernel else row["warps"], row["stages"])
+            config = Launch(row["blocks"], row["warps"], row["stages"])
             found.append(Variant(f"two_pass {row['gpu']} {row['dtype']} {name}", kernel, types, constants, config))
     return found
 
 
 def _launches(dtype: str, blocks: Mapping[str, int]) -> Iterator[tuple[str, Any, Form, dict[str, Any]]]:
     """Name, kernel, form of the products and constants of every launch."""
-    tile_k, tile_d, near_d = {"BLOCK_K": blocks["BLOCK_K"]}, {"BLOCK_D": blocks["BLOCK_D"]}, blocks["CANDIDATE_D"]
-    outputs = dict.fromkeys(("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT"), True)
+    tile_k, tile_d = {"BLOCK_K": blocks["BLOCK_K"]}, {"BLOCK_D": blocks["BLOCK_D"]}
+    split = {"BLOCK_N": blocks["SPLIT_N"], "BLOCK_D": blocks["SPLIT_D"]}
+    flags = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")  # of OUTPUTS
+    outputs = {"score": dict.fromkeys(flags, False) | {"SCORE": True}, "all": dict.fromkeys(flags, True)}
     for name in ("bf16x1", *(PRECISIONS if dtype == "float32" else ()), "float64"):
         kind = form(name, torch.device("cuda"))
         pieces = {"PIECES": kind.pieces, "ROUND": kind.rounded}
         points = {"GATHER": name != "bf16x1", "CENTER": True, "SHIFT": True, "REVERSED": True}
         means = {"GATHER": False, "CENTER": True, "SHIFT": False, "REVERSED": False}
-        yield f"split points {name}", split_kernel, kind, points | pieces | tile_d
-        yield f"split means {name}", split_kernel, kind, means | pieces | tile_d
+        yield f"split points {name}", split_kernel, kind, points | pieces | split
+        yield f"split means {name}", split_kernel, kind, means | pieces | split
         if name == "bf16x1":
             yield "screen", screen_kernel, kind, tile_k | {"LIST": LIST}
-            log_d = (2 * near_d).bit_length() - 1
-            yield "candidate", candidate_kernel, kind, {"LIST": LIST, "BLOCK_D": 2 * near_d, "LOG_D": log_d}
-            yield "refine", refine_kernel, kind, outputs | {"LIST": LIST, "BLOCK_D": near_d}
+            yield "candidate", candidate_kernel, kind, {"LIST": LIST, "BLOCK_D": blocks["CANDIDATE_D"]}
+            for label, flags in outputs.items():
+                yield f"refine {label}", refine_kernel, kind, flags | {"LIST": LIST, "BLOCK_D": blocks["REFINE_D"]}
             continue
         for product, weights in itertools.product((False, True), repeat=2):
             tile = {"BLOCK_K": blocks["PRODUCT_K" if product else "BLOCK_K"]}
@@ -131,7 +135,8 @@ def _launches(dtype: str, blocks: Mapping[str, int]) -> Iterator[tuple[str, Any,
             yield label, softmax_kernel, kind, pieces | tile | {"PRODUCT": product, "WEIGHTS": weights}
         if name in ("bf16x6", "float64"):  # these two know the sums' dtype alone
             yield f"merge {name}", merge_kernel, kind, tile_d
-            yield f"finish {name}", finish_kernel, kind, outputs | tile_k | tile_d
+            for label, flags in outputs.items():
+                yield f"finish {name} {label}", finish_kernel, kind, flags | tile_k | tile_d
 
 
 def _type(argument: str, dtype: str, kind: Form) -> str:
