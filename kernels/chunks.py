@@ -102,7 +102,7 @@ def _store_pieces(out_ptr, row, offs, value, K, PIECES: tl.constexpr, ROUND: tl.
     return total
 
 
-@triton.jit(do_not_specialize=["count", "rows", "buffers"])
+@triton.jit(do_not_specialize=["live", "stride_weights", "count", "rows", "buffers"])
 def softmax_kernel(
     dots_ptr, log_weights_ptr, stride_w, square_ptr, rows_ptr, live, alpha_ptr, stride_a, std_ptr, stride_s,
     p_ptr, top_ptr, total_ptr, spread_ptr, along_ptr, scale_ptr, weights_ptr, stride_weights, chunk_top_ptr,
@@ -112,8 +112,8 @@ def softmax_kernel(
     """One program: exp(logit - running maximum) of row i < rows against one chunk, cut into pieces, and its sums.
 
     p: (rows, PIECES K), twice as many rows if PRODUCT, the second half multiplied by m' . direction. State, float64:
-    top, the running maximum; total, the sum of p; spread, of p |m'|^2; along, of p m' . direction. scale: what older sums
-    are multiplied by. weights: row by row, p relative to chunk_top (rows,). Rows from `live` on are padding.
+    top, the running maximum; total, the sum of p; spread, of p |m'|^2; along, of p m' . direction. scale: what older
+    sums are multiplied by. weights: row by row, p relative to chunk_top (rows,). Rows from `live` on are padding.
     """
     i = tl.program_id(0).to(tl.int64)
     there = i < live

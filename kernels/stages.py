@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from .chunks import finish_kernel, merge_kernel, softmax_kernel, split_kernel
 from .launch import Launch
 from .posterior import OUTPUTS, posterior
 from .screen import candidate_kernel, refine_kernel, screen_kernel
-from .workspace import LIST, PROMOTE, Form, Plan, form, plan
+from .workspace import LIST, Form, Plan, form, plan
 
 SETTLED, PRODUCTS, WIDE_PRODUCTS, DIFFERENCES = range(4)  # ways of a row
 
@@ -79,6 +80,16 @@ def screen_error(d: int) -> float:
     return 2.0**-7 + 2.0**-14 + d * 2.0**-22
 
 
+def expected_error(kind: Form, d: int, size: Tensor, lengths: Tensor) -> Tensor:
+    """Three standard deviations of the error of a logit from products, about; of `size`, and |x'| |m'| of `lengths`."""
+    # A tensor core adds 16 products at once, everything else one after the other.
+    steps = min(d, kind.terms) / (16 if kind.store == torch.bfloat16 else 1)
+    error = torch.finfo(kind.sums).eps / 2 * math.sqrt(steps) * size
+    if kind.pieces == 2:
+        error = error + 2.0**-14 * lengths / math.sqrt(d)  # what two pieces leave out
+    return error
+
+
 def _refine(
     job: Job, x: Tensor, alpha: Tensor, std: Tensor, first: int, number: Tensor, upper: Tensor,
     room: dict[str, Tensor], lost: Tensor, bound: Tensor,
@@ -105,19 +116,15 @@ def _ways(
 ) -> Tensor:  # fmt: skip
     """The way of every row of a block, int8; rows that are not finite take the differences, which keep them so."""
     ratio, d = alpha * reach / std, job.x.shape[1]  # |alpha m'| / std of the longest mean
-    tolerance = 32 * torch.finfo(job.x.dtype).eps * (1 + ratio)  # half of the contract
-    if job.x.dtype == torch.float64:
-        tolerance = tolerance.clamp(min=0.5e-10)
+    floor = 0.5e-10 if job.x.dtype == torch.float64 else 0.0
+    # half of the contract, and at low noise, where that allows anything, no more than suits float32
+    tolerance = (32 * torch.finfo(job.x.dtype).eps * (1 + ratio)).clamp(floor, 2.0**-15)
     way = torch.full_like(lost, DIFFERENCES)
     for name, products in ((WIDE_PRODUCTS, form("float64", job.x.device)), (PRODUCTS, kind)):
-        unit = torch.finfo(products.sums).eps / 2
-        # A tensor core adds 16 products at once, everything else one after the other.
-        steps = min(d, PROMOTE) / (16 if products.store == torch.bfloat16 else 1)
-        error = unit * torch.maximum(steps**0.5 * size, (1 + ratio) ** 2)  # the second for sums of squares of means
-        allowed = tolerance
-        if products.pieces == 2:
-            error = error + 2.0**-15 * ratio * x_square.sqrt() / (std * d**0.5)
-            allowed = 64 * tolerance
+        error = expected_error(products, d, size, ratio * x_square.sqrt() / std)
+        # sums of squares of means cancel in covariances
+        error = torch.maximum(error, torch.finfo(products.sums).eps / 2 * (1 + ratio) ** 2)
+        allowed = tolerance * (64 if products.pieces == 2 else 1)
         way = torch.where(error <= allowed, name, way)  # false for NaN
     return torch.where(lost < bound, SETTLED, way).to(torch.int8)
 
@@ -133,6 +140,7 @@ def sweep_rows(job: Job, rows: Tensor, kind: Form) -> None:
     state, padded, chunk = room["state"], sizes.padded, sizes.chunk
     top, total, spread, along, scale = state
     blocks, warps = job.config.blocks, job.config.warps
+    block_k = blocks["PRODUCT_K" if product else "BLOCK_K"]
     tall = room["tall"] if kind.pieces > 1 else room["m"]
     for first in range(0, len(rows), sizes.rows):
         part = rows[first : first + sizes.rows]
@@ -152,9 +160,10 @@ def sweep_rows(job: Job, rows: Tensor, kind: Form) -> None:
                 room["dots"], log_weights, log_weights.stride(0), room["m_square"], part, len(part),
                 job.alpha, job.alpha.stride(0), job.std, job.std.stride(0),
                 room["p"], top, total, spread, along, scale,
-                job.x if weights is None else weights[:, start:], k, room["chunk_top"][number if weights is not None else 0],
+                job.x if weights is None else weights[:, start:], k,
+                room["chunk_top"][0 if weights is None else number],
                 count, sizes.rows, len(room["dots"]), chunk,
-                product, weights is not None, kind.pieces, kind.rounded, blocks["PRODUCT_K" if product else "BLOCK_K"], num_warps=warps,
+                product, weights is not None, kind.pieces, kind.rounded, block_k, num_warps=warps,
             )  # fmt: skip
             _averages(room["p"], tall, room["parts"], chunk, kind)
             acc, block_d = room["acc"], blocks["BLOCK_D"]
@@ -173,7 +182,8 @@ def sweep_rows(job: Job, rows: Tensor, kind: Form) -> None:
 
 def difference_rows(job: Job, rows: Tensor) -> None:
     """Outputs of `rows` (int64) from kernels/posterior.py, some rows at a time."""
-    for part in rows.split(max(1, (32 << 20) // job.x.shape[1])):
+    widest = job.means.shape[0] if "posterior_weights" in job.out else 0
+    for part in rows.split(max(1, (4 << 20) // max(job.x.shape[1], widest))):
         found = posterior(
             job.x[part], job.means, job.log_weights, job.alpha[part], job.std[part],
             outputs=list(job.out), direction=job.direction[part],
@@ -215,8 +225,8 @@ def _dots(x: Tensor, m: Tensor, out: Tensor, padded: int, kind: Form) -> None:
     """
     pieces, buffer = kind.pieces, 0
     last = (pieces - 1) * padded
-    for start in range(0, padded, PROMOTE):
-        stop = min(start + PROMOTE, padded)
+    for start in range(0, padded, kind.terms):
+        stop = min(start + kind.terms, padded)
         _product(x[:, last + start : last + stop], m[:, start:stop].T, out[buffer])
         buffer += 1
     for j in range(2, pieces + 1):
@@ -228,8 +238,8 @@ def _averages(p: Tensor, tall: Tensor, out: Tensor, chunk: int, kind: Form) -> N
     """Products P @ M into out (buffers, rows, padded), as in `_dots`: [p_p .. p_1] against m_1 above .. above m_p."""
     pieces, buffer = kind.pieces, 0
     last = (pieces - 1) * chunk
-    for start in range(0, chunk, 2 * PROMOTE):
-        stop = min(start + 2 * PROMOTE, chunk)
+    for start in range(0, chunk, kind.terms):
+        stop = min(start + kind.terms, chunk)
         _product(p[:, last + start : last + stop], tall[start:stop], out[buffer])
         buffer += 1
     for j in range(2, pieces + 1):

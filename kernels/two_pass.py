@@ -4,11 +4,12 @@ Arguments and outputs are those of kernels/posterior.py. A row takes the first o
   * screen: logits from one product of leading bfloat16 pieces, wrong by at most 2^-7 |x'| |m'| alpha / std^2 and a few
     roundings, exclude all components but at most 32; these are formed anew by differences (kernels/screen.py). Excluded
     mass <= 2^-24, also after a factor |m - m_top|^2 alpha^2 / std^2.
-  * products of `precision`, and P @ M after the softmax, if the error to expect of a logit is at most half of the contract.
+  * products of `precision`, and P @ M after the softmax, if the error to expect of a logit is within half the contract
+    and below 2^-15.
   * float64 products, by the same criterion (the first of the products when x is float64).
   * differences: the refined sweep of kernels/posterior.py, slow at large d.
 The screen's bound is rigorous. The error expected of products is a statistical one, three standard deviations of sums
-of PROMOTE terms rounded to nearest, from the largest logit of a component that matters.
+of TERMS terms rounded to nearest, from the largest logit of a component that matters.
 
 x' = x - alpha c and m' = m - c, c near the mean of the means; 8 bits of each piece, three pieces of float32 are exact.
 "bf16x6" adds the six largest of their products, "bf16x3" three of two pieces (64 times the contract's error), "ieee" is
@@ -114,8 +115,8 @@ def _launches(dtype: str, blocks: Mapping[str, int]) -> Iterator[tuple[str, Any,
     """Name, kernel, form of the products and constants of every launch."""
     tile_k, tile_d = {"BLOCK_K": blocks["BLOCK_K"]}, {"BLOCK_D": blocks["BLOCK_D"]}
     split = {"BLOCK_N": blocks["SPLIT_N"], "BLOCK_D": blocks["SPLIT_D"]}
-    flags = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")  # of OUTPUTS
-    outputs = {"score": dict.fromkeys(flags, False) | {"SCORE": True}, "all": dict.fromkeys(flags, True)}
+    names = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")  # in the order of OUTPUTS
+    outputs = {"score": dict.fromkeys(names, False) | {"SCORE": True}, "all": dict.fromkeys(names, True)}
     for name in ("bf16x1", *(PRECISIONS if dtype == "float32" else ()), "float64"):
         kind = form(name, torch.device("cuda"))
         pieces = {"PIECES": kind.pieces, "ROUND": kind.rounded}

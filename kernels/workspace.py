@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,34 +12,39 @@ import triton
 BUDGET = 384 << 20  # bytes of the buffers of one block of rows and one chunk of components
 ROWS = 2048  # most rows of a block
 LIST = 32  # most components that the screen leaves to a row
-PROMOTE = 1024  # terms that a product adds up in its own precision; what it gives is added in float64
+TERMS = 1024  # see Form; the error of the screen is not that of its sums, which may be as long as they like
 CENTERS = 256  # means that the center is the mean of
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Form(NamedTuple):
-    """How numbers enter a matrix product: pieces of a number, their dtype, that of the sums, whether they are rounded.
+    """How numbers enter a matrix product.
 
-    rounded: pieces are bfloat16 numbers, whatever their dtype (on the CPU they are kept as float32).
+    Attributes:
+        pieces: that a number is cut into. store: their dtype. sums: dtype of the product.
+        rounded: pieces are bfloat16 numbers, whatever their dtype (on the CPU they are kept as float32).
+        terms: that a product adds up in its own precision; what it gives is added in float64.
     """
 
     pieces: int
     store: torch.dtype
     sums: torch.dtype
     rounded: bool
+    terms: int
 
 
 def form(precision: str, device: torch.device) -> Form:
     """Form of "bf16x1" (the screen), of one of PRECISIONS or of "float64"."""
     if precision == "float64":
-        return Form(1, torch.float64, torch.float64, False)
+        return Form(1, torch.float64, torch.float64, False, TERMS)
     if precision == "ieee":
-        settings = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-        if settings.fp32_precision in ("none", "ieee"):
-            return Form(1, torch.float32, torch.float32, False)
+        backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        if backend.matmul.fp32_precision in ("none", "ieee"):
+            return Form(1, torch.float32, torch.float32, False, TERMS)
     pieces = {"bf16x1": 1, "bf16x3": 2, "bf16x6": 3, "ieee": 3}[precision]
-    return Form(pieces, torch.bfloat16 if device.type == "cuda" else torch.float32, torch.float32, True)
+    store = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Form(pieces, store, torch.float32, True, 1 << 30 if precision == "bf16x1" else TERMS)
 
 
 class Plan(NamedTuple):
@@ -61,7 +66,7 @@ def plan(n: int, k: int, d: int, kind: Form, *, screen: bool, product: bool = Fa
         found: Buffers = {
             "x": ((points, pieces * padded), kind.store),
             "m": ((chunk, pieces * padded), kind.store),
-            "dots": ((triton.cdiv(padded, PROMOTE) + pieces - 1, points, chunk), kind.sums),
+            "dots": ((triton.cdiv(padded, kind.terms) + pieces - 1, points, chunk), kind.sums),
             "x_square": ((points,), f64),
             "m_square": ((chunk,), f64),
             "state": ((5, rows), f64),
@@ -72,7 +77,7 @@ def plan(n: int, k: int, d: int, kind: Form, *, screen: bool, product: bool = Fa
         return found | {
             "tall": ((pieces * chunk if pieces > 1 else 0, padded), kind.store),
             "p": ((points, pieces * chunk), kind.store),
-            "parts": ((triton.cdiv(chunk, 2 * PROMOTE) + pieces - 1, points, padded), kind.sums),
+            "parts": ((triton.cdiv(chunk, kind.terms) + pieces - 1, points, padded), kind.sums),
             "acc": ((points, padded), kind.sums),
             "chunk_top": ((triton.cdiv(k, chunk) if weights else 1, rows), f64),
         }
