@@ -27,6 +27,12 @@ def _threshold(lowest, square, std, k):
     return lowest - (tl.log(k.to(tl.float64)) + SLACK + tl.log(1 + 4 * reach))
 
 
+@triton.jit
+def _norm(square):
+    """Square root in float32, as cheap as it gets and right to 2^-20: `screen_error` has room for that."""
+    return tl.sqrt(square.to(tl.float32)).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["first", "count", "rows", "buffers", "k"])
 def screen_kernel(
     dots_ptr, log_weights_ptr, stride_w, square_ptr, alpha_ptr, stride_a, std_ptr, stride_s, x_square_ptr,
@@ -49,16 +55,20 @@ def screen_kernel(
     x_square = tl.load(x_square_ptr + row)
     scale = gain * error * tl.sqrt(x_square)
     lowest = tl.load(lowest_ptr + row)
-    lost = tl.load(lost_ptr + row)
-    size = tl.load(size_ptr + row)
-    reach = tl.load(reach_ptr + row)
+    best = tl.full((BLOCK_K,), MINUS_INF, tl.float64)
+    longest = tl.zeros((BLOCK_K,), tl.float64)
     for start in range(0, count, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
-        logits, scaled, square = tile_logits(
+        logits, _, square = tile_logits(
             dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
-        lowest = tl.maximum(lowest, tl.max(logits - scale * tl.sqrt(square), axis=0))
+        best = tl.maximum(best, logits - scale * _norm(square))
+        longest = tl.maximum(longest, square)
+    lowest = tl.maximum(lowest, tl.max(best, axis=0))
     bound = _threshold(lowest, x_square, std, k)
+    tl.store(reach_ptr + row, tl.maximum(tl.load(reach_ptr + row), tl.sqrt(tl.max(longest, axis=0))))
+    tl.store(lowest_ptr + row, lowest)
+    tl.store(bound_ptr + row, bound)
 
     slots = tl.arange(0, LIST)
     kept = tl.load(kept_ptr + row)
@@ -70,26 +80,25 @@ def screen_kernel(
     tl.store(new_ptr + row * LIST + old_place, number, mask=held)
     tl.store(new_upper_ptr + row * LIST + old_place, old_upper, mask=held)
     kept = tl.sum(held.to(tl.int32), axis=0)
+    lost = tl.full((), MINUS_INF, tl.float64)
+    size = tl.zeros((), tl.float64)
     for start in range(0, count, BLOCK_K):
         offs = start + tl.arange(0, BLOCK_K)
         logits, scaled, square = tile_logits(
             dots_ptr, row, rows, offs, buffers, log_weights_ptr, stride_w, square_ptr, count, gain, half, K
         )
-        upper = logits + scale * tl.sqrt(square)
-        matters = (upper >= bound) & (logits > MINUS_INF)
-        place = kept + tl.cumsum(matters.to(tl.int32), axis=0) - 1
-        room = matters & (place < LIST)
-        tl.store(new_ptr + row * LIST + place, first + offs, mask=room)
-        tl.store(new_upper_ptr + row * LIST + place, upper, mask=room)
-        lost = tl.maximum(lost, tl.max(tl.where(matters & (place >= LIST), upper, MINUS_INF), axis=0))
-        size = tl.maximum(size, tl.max(tl.where(matters, tl.abs(scaled), 0.0), axis=0))
-        reach = tl.maximum(reach, tl.sqrt(tl.max(square, axis=0)))
-        kept += tl.sum(matters.to(tl.int32), axis=0)
-    tl.store(lowest_ptr + row, lowest)
-    tl.store(lost_ptr + row, lost)
-    tl.store(size_ptr + row, size)
-    tl.store(reach_ptr + row, reach)
-    tl.store(bound_ptr + row, bound)
+        upper = tl.where(logits > MINUS_INF, logits + scale * _norm(square), MINUS_INF)
+        if tl.max(upper, axis=0) >= bound:  # seldom, at low noise
+            matters = (upper >= bound) & (upper > MINUS_INF)
+            place = kept + tl.cumsum(matters.to(tl.int32), axis=0) - 1
+            room = matters & (place < LIST)
+            tl.store(new_ptr + row * LIST + place, first + offs, mask=room)
+            tl.store(new_upper_ptr + row * LIST + place, upper, mask=room)
+            lost = tl.maximum(lost, tl.max(tl.where(matters & (place >= LIST), upper, MINUS_INF), axis=0))
+            size = tl.maximum(size, tl.max(tl.where(matters, tl.abs(scaled), 0.0), axis=0))
+            kept += tl.sum(matters.to(tl.int32), axis=0)
+    tl.store(lost_ptr + row, tl.maximum(tl.load(lost_ptr + row), lost))
+    tl.store(size_ptr + row, tl.maximum(tl.load(size_ptr + row), size))
     tl.store(kept_ptr + row, tl.minimum(kept, LIST))
 
 

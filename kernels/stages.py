@@ -67,7 +67,7 @@ def screen_rows(job: Job, kind: Form) -> Tensor:
                 lowest, lost, size, reach, bound, room["kept"],
                 room["number"][old], room["upper"][old], room["number"][new], room["upper"][new],
                 start, count, sizes.rows, len(room["dots"]), k, error, sizes.chunk,
-                LIST, job.config.blocks["BLOCK_K"], num_warps=job.config.warps,
+                LIST, job.config.blocks["SCREEN_K"], num_warps=job.config.warps,
             )  # fmt: skip
         _refine(job, x, alpha, std, first, room["number"][new], room["upper"][new], room, lost, bound)
         state = (state[:rows] for state in (room["x_square"], *room["state"]))

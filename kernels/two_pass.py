@@ -125,7 +125,7 @@ def _launches(dtype: str, blocks: Mapping[str, int]) -> Iterator[tuple[str, Any,
         yield f"split points {name}", split_kernel, kind, points | pieces | split
         yield f"split means {name}", split_kernel, kind, means | pieces | split
         if name == "bf16x1":
-            yield "screen", screen_kernel, kind, tile_k | {"LIST": LIST}
+            yield "screen", screen_kernel, kind, {"LIST": LIST, "BLOCK_K": blocks["SCREEN_K"]}
             yield "candidate", candidate_kernel, kind, {"LIST": LIST, "BLOCK_D": blocks["CANDIDATE_D"]}
             for label, flags in outputs.items():
                 yield f"refine {label}", refine_kernel, kind, flags | {"LIST": LIST, "BLOCK_D": blocks["REFINE_D"]}
