@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ BUDGET = 384 << 20  # bytes of the buffers of one block of rows and one chunk of
 ROWS = 2048  # most rows of a block
 LIST = 32  # most components that the screen leaves to a row
 TERMS = 1024  # see Form; the error of the screen is not that of its sums, which may be as long as they like
-CENTERS = 256  # means that the center is the mean of
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -79,16 +79,17 @@ def plan(n: int, k: int, d: int, kind: Form, *, screen: bool, product: bool = Fa
             "p": ((points, pieces * chunk), kind.store),
             "parts": ((triton.cdiv(chunk, kind.terms) + pieces - 1, points, padded), kind.sums),
             "acc": ((points, padded), kind.sums),
-            "chunk_top": ((triton.cdiv(k, chunk) if weights else 1, rows), f64),
         }
 
     rows = min(n, ROWS)
     while rows > 1 and _bytes(sizes(rows, 16)) > BUDGET // 2:
         rows = triton.cdiv(rows, 2)
-    chunk = min(8192, triton.cdiv(k, 64) * 64)
-    while chunk > 16 and _bytes(sizes(rows, chunk)) > BUDGET:
-        chunk = max(16, (chunk // 2 if chunk <= 128 else chunk - 64) // 16 * 16)
-    return Plan(rows, chunk, padded, triton.cdiv(k, chunk), sizes(rows, chunk))
+    lengths = range(64, min(8192, triton.cdiv(k, 64) * 64) + 1, 64)
+    fitting = bisect.bisect_right(lengths, BUDGET, key=lambda chunk: _bytes(sizes(rows, chunk)))
+    chunk = lengths[fitting - 1] if fitting else 16
+    chunks = triton.cdiv(k, chunk)
+    tops: Buffers = {} if screen else {"chunk_top": ((chunks if weights else 1, rows), torch.float64)}  # small
+    return Plan(rows, chunk, padded, chunks, sizes(rows, chunk) | tops)
 
 
 def _bytes(buffers: Buffers) -> int:
