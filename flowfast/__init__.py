@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
     from flowfast.flow import FlowSolution, flow_map, solve_flow
     from flowfast.grids import time_grid
+    from flowfast.hessian import divergence, hessian_norm_bound
     from flowfast.metrics import relative_mse
     from flowfast.mixture import GaussianMixture
+    from flowfast.modules import MixtureScore
     from flowfast.ops import (
         covariance_trace,
         denoise,
-        hessian_norm_bound,
         hessian_vector_product,
         log_density,
         posterior_mean,
@@ -42,6 +43,7 @@ __all__ = [
     "FlowSolution",
     "FlowStudent",
     "GaussianMixture",
+    "MixtureScore",
     "OUProcess",
     "Recipe",
     "StabilityRegimes",
@@ -50,6 +52,7 @@ __all__ = [
     "cumulative_stability",
     "denoise",
     "distill",
+    "divergence",
     "evaluate",
     "flow_map",
     "generate_dataset",
@@ -68,7 +71,10 @@ __all__ = [
     "velocity",
 ]
 
-_ROOMS = ("ops", "flow", "mixture", "process", "stability", "grids", "students", "dataset", "distillation", "metrics")
+_ROOMS = (
+    "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
+    "distillation", "metrics",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ serves a device and a request, and refuses with the command that mends it: nothi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -14,6 +15,10 @@ from flowfast import _cpp, _triton, reference
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 _NATURAL = {"cpu": "cpp", "cuda": "triton"}
+
+for _answer in (_cpp.available, _triton.available, _triton.interpreting):
+    # A compiler asks once, while it traces: torch.compiler.assume_constant_result, which would load the compiler here.
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -49,6 +54,14 @@ def choose(backend: str, device: torch.device) -> str:
     if not _triton.available():
         raise ValueError(_triton.missing_message())
     return "triton"
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off where it is on: torch's products within a body keep the dtype that they are given."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def body(name: str) -> ModuleType:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowfast import backends, reference
+from flowfast import backends, flow_operators, operators, reference
 from flowfast.mixture import GaussianMixture
 from flowfast.ops import check_points, check_times, working_dtype
 from flowfast.process import OUProcess, Times
@@ -71,14 +71,16 @@ def flow_map(
         rtol, atol: bounds on one step's error in y, root mean square over coordinates. Default 1e-7, 1e-8 in float32
             (median relative error of the end points below 5e-6, mostly float32's own rounding) and 1e-10, 1e-12 in
             float64 (below 1e-9).
-        backend: "auto", "cpp", "triton" or "reference"; only the reference carries gradients.
+        backend: "auto", "cpp", "triton" or "reference"; only the reference carries gradients (with fixed steps to x,
+            means and weights; without, also to std and the times).
 
     Returns:
         End points. A row of x that is not finite gives a row that is not finite.
 
     Raises:
         TypeError, ValueError: arguments of another kind or range, a backend that is missing.
-        RuntimeError: a trajectory failed; the message names how many, the first's index and the reason.
+        RuntimeError: a trajectory failed; the message names how many, the first's index and the reason. A function
+            compiled by torch.compile cannot raise on values: there a failed trajectory ends in NaN.
 
     Source: arXiv 2606.03820, section 3.2 (flow, method "paper"); docs/math.md Eq. 6-7 (method "snr").
     """
@@ -86,6 +88,8 @@ def flow_map(
         x, mixture, process, t_from, t_to, method=method, steps=steps, rtol=rtol, atol=atol, backend=backend
     )
     failed = (solution.status != reference.SUCCESS) & (solution.status != reference.NON_FINITE)
+    if torch.compiler.is_compiling():
+        return solution.x.masked_fill(failed[..., None], float("nan"))
     if bool(failed.any()):
         index = failed.nonzero()[0].tolist()
         reason = _REASONS[int(solution.status[tuple(index)])]
@@ -108,10 +112,22 @@ def solve_flow(
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps must be a whole number, at least 1, or None; got {steps!r}")
     name = backends.choose(backend, x.device)
-    if name != "reference" and (x.requires_grad or mixture.means.requires_grad or mixture.std.requires_grad):
-        raise ValueError("the compiled flow carries no gradient: pass backend='reference' or detach x and the mixture")
+    schedule = (mixture.std, t_from, t_to)
+    if name != "reference" and operators.differentiated(x, mixture.means, mixture.log_weights, *schedule):
+        raise ValueError(
+            "the compiled flow carries no gradient: pass backend='reference', or detach x, the mixture and the times"
+        )
     dtype = working_dtype(x.dtype)
     fixed = steps is not None or method == "paper"
+    if fixed and torch.compiler.is_compiling():
+        raise ValueError(
+            "the table of fixed steps is made of numbers, which torch.compile cannot hold: leave out steps (and method "
+            "'paper'), or call the flow outside the compiled function"
+        )
+    if fixed and operators.differentiated(*schedule):
+        raise ValueError(
+            "fixed steps carry gradients to x, means and weights only: leave out steps, or detach std and the times"
+        )
     if fixed and (rtol is not None or atol is not None):
         raise ValueError("rtol and atol have no effect on fixed steps: leave out steps, or the tolerances")
     start, log_weights = rows.to(dtype).contiguous(), mixture.log_weights.to(dtype).contiguous()
@@ -121,16 +137,15 @@ def solve_flow(
         ends, h, coefficients = (_paper_table if method == "paper" else _snr_table)(
             mixture, process, t_from, t_to, steps or PAPER_STEPS
         )
-        body = backends.serve(backend, x.device, "flow_fixed")
-        out, status = body.flow_fixed(start, means, log_weights, center, ends, h, coefficients, RK4)
+        tables = (ends.to(x.device), h, coefficients, RK4)
+        out, status = flow_operators.call("flow_fixed", name, start, means, log_weights, center, *tables)
         count = torch.full_like(status, len(h), dtype=torch.int32)
         evaluations = count * RK4.shape[1]
     else:
         ends = _ends(x, mixture, process, t_from, t_to)
-        body = backends.serve(backend, x.device, "flow_adaptive")
-        tolerances = _tolerances(dtype, rtol, atol)
-        out, status, count, evaluations = body.flow_adaptive(
-            start, means, log_weights, center, ends, DORMAND_PRINCE, *tolerances, MOST_STEPS
+        limits = (*_tolerances(dtype, rtol, atol), MOST_STEPS)
+        out, status, count, evaluations = flow_operators.call(
+            "flow_adaptive", name, start, means, log_weights, center, ends, DORMAND_PRINCE, *limits
         )
     return FlowSolution(
         out.reshape(x.shape).to(x.dtype), status.reshape(shape), count.reshape(shape), evaluations.reshape(shape), name

@@ -147,13 +147,18 @@ class GaussianMixture:
     def log_weights_in(self, dtype: torch.dtype) -> Tensor:
         """log_weights (k,) cast to `dtype`; the cast is kept if it serves everywhere.
 
-        That is, unless it requires grad, was made while compiling or in inference mode, or is of a subclass (fake).
+        That is, unless it requires grad, was made while compiling, in inference mode or within torch.func, is of a
+        subclass (fake), or on a GPU, where another stream could read it before it is written, or a CUDA graph own it.
         """
+        if torch.compiler.is_compiling():
+            return self.log_weights.to(dtype)
         kept = self._casts.get(dtype)
         if kept is not None:
             return kept
         cast = self.log_weights.to(dtype)
-        if torch.compiler.is_compiling() or type(cast) is not Tensor or cast.requires_grad or cast.is_inference():
+        if type(cast) is not Tensor or cast.requires_grad or cast.is_inference() or not cast.is_cpu:
+            return cast
+        if torch._C._functorch.is_functorch_wrapped_tensor(cast):
             return cast
         self._casts[dtype] = cast
         return cast

@@ -1,15 +1,13 @@
-"""Pointwise operations on a mixture: density, posterior, score, Hessian. Each is one fused pass over the components.
+"""Pointwise operations on a mixture: density, posterior, score. Each is one fused pass over the components.
 
 Every function takes x of shape (..., d), float32 or float64 (bfloat16 and float16 are computed in float32), and gives
 back x's dtype and device. Accuracy against float64, per row and norm-wise: error <= max(1e-10, 64 eps (1 + |m|/std)),
 eps that of the dtype computed in, for any x, also half-way between means, and for any std down to 1e-8; see
-tests/tolerances.py. Gradients reach x through the compiled kernels; when the mixture's own means, weights or std
-require grad, in forward mode and within torch.func's derivatives the reference computes instead (slower, memory n k).
+tests/tolerances.py. Gradients reach x through the compiled kernels; for those of the mixture's own means, weights and
+std, for forward mode and for torch.func's derivatives the reference computes instead (slower, memory n k).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +16,6 @@ from flowfast import operators, reference
 from flowfast.backends import choose
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess, Times
-
-BoundKind = Literal["trace", "global", "exact"]
 
 _ONE = torch.ones((), dtype=torch.float64)  # alpha of a mixture that is taken as it is
 
@@ -86,40 +82,11 @@ def hessian_vector_product(x: Tensor, v: Tensor, mixture: GaussianMixture, *, ba
     return _pointwise("hessian_vector_product", x, mixture, backend, v)
 
 
-def hessian_norm_bound(
-    x: Tensor, mixture: GaussianMixture, *, kind: BoundKind = "trace", backend: str = "auto"
-) -> Tensor:
-    """Upper bound on the spectral norm of the Hessian of the log-density at x: (...,).
-
-    Args:
-        x: points (..., d). mixture, backend: as in `posterior_weights`.
-        kind: "global" from the diameter alone, "trace" from the posterior covariance's trace (one pass), "exact" the
-            norm itself by Lanczos iteration on Hessian-vector products (float64; exact for d <= 64 or k <= 64).
-
-    Raises:
-        ValueError: unknown kind, and as in `posterior_weights`.
-
-    Source: arXiv 2606.03820, Proposition 2 (global); trace: lambda_max(C) <= min(tr C, D^2 / 4), docs/math.md Eq. 5.
-    """
-    if kind not in ("trace", "global", "exact"):
-        raise ValueError(f"kind must be 'trace', 'global' or 'exact'; got {kind!r}")
-    rows = check_points(x, mixture)
-    if kind == "exact":
-        return _lanczos_norm(rows, mixture, backend).reshape(x.shape[:-1]).to(x.dtype)
-    slack = (
-        1 + 64 * torch.finfo(working_dtype(x.dtype)).eps
-    )  # rounding must not take the bound below the norm it bounds
-    precision = mixture.std.double().to(x.device) ** -2
-    largest = slack * mixture.diameter(backend=backend) ** 2 / 4 * torch.ones(x.shape[:-1], device=x.device).double()
-    if kind == "trace":
-        largest = torch.minimum(largest, slack * _pointwise("covariance_trace", x, mixture, backend).double())
-    return (slack * torch.maximum(precision, largest * precision**2 - precision)).to(x.dtype)
-
-
 def covariance_trace(x: Tensor, mixture: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """Trace of the posterior covariance of the means, `sum_k gamma_k |m_k|^2 - |mbar|^2`: (...,).
 
-    Arguments and errors as in `posterior_weights`. Bounds its largest eigenvalue from above (docs/math.md Eq. 5).
+    Arguments and errors as in `posterior_weights`. Bounds its largest eigenvalue from above (docs/math.md Eq. 5). Its
+    gradient is computed by the reference.
     """
     return _pointwise("covariance_trace", x, mixture, backend)
 
@@ -141,13 +108,20 @@ def denoise(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, *
     return average + gain * (x - alpha * average)
 
 
+def marginal_score(
+    x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, *, backend: str = "auto"
+) -> Tensor:
+    """Score of p_t at x, the mixture's own at t = 0: (..., d). Arguments as in `denoise`."""
+    alpha, std = _at(x, mixture, process, t)
+    return _pointwise("score", x, mixture, backend, alpha=alpha, std=std)
+
+
 def velocity(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times, *, backend: str = "auto") -> Tensor:
     """Right-hand side of the probability-flow ODE, `-beta(t) (x + score of p_t at x)`: (..., d).
 
     Arguments as in `denoise`. Source: arXiv 2606.03820, section 3.2.
     """
-    alpha, std = _at(x, mixture, process, t)
-    slope = _pointwise("score", x, mixture, backend, alpha=alpha, std=std)
+    slope = marginal_score(x, mixture, process, t, backend=backend)
     return -_like(process.beta(t).to(x.device), x) * (x + slope)
 
 
@@ -159,10 +133,8 @@ def _pointwise(
     dtype = working_dtype(x.dtype)
     rows = rows if rows.dtype == dtype else rows.to(dtype)
     if alpha is None or std is None:
-        alpha = _ONE if x.is_cpu else _ONE.to(x.device)
-        std = mixture.std
-        if std.dtype != torch.float64 or not x.is_cpu:
-            std = std.to(x.device, torch.float64)
+        alpha = _ONE if x.is_cpu else torch.ones((), dtype=torch.float64, device=x.device)
+        std = scale(mixture.std, x.device)
     else:
         alpha, std = _flat(alpha, x), _flat(std, x)
     means, log_weights = mixture.means, mixture.log_weights_in(dtype)
@@ -173,7 +145,7 @@ def _pointwise(
     # the mixture's or the times' own gradients
     own = means.requires_grad or log_weights.requires_grad or alpha.requires_grad or std.requires_grad
     beyond = op == "covariance_trace" and x.requires_grad
-    if name == "reference" or own or beyond or operators.need_reference():
+    if name == "reference" or own or beyond or operators.need_reference(tensors):
         result: Tensor = getattr(reference, op)(*tensors)
     elif out is None or out.dtype != dtype:
         result = operators.call(op, name, tensors)
@@ -227,7 +199,19 @@ def _at(x: Tensor, mixture: GaussianMixture, process: OUProcess, t: Times) -> tu
     check_points(x, mixture)
     alpha, std = process.alpha(t), process.std(t, mixture.std)
     check_times("t", alpha, x)
-    return alpha.to(x.device), std.to(x.device)
+    return scale(alpha, x.device), scale(std, x.device)
+
+
+def scale(value: Tensor, device: torch.device) -> Tensor:
+    """A number () or one per row, as float64 on `device`.
+
+    A plain number of the CPU is written by a kernel: a copy would wait, and could not be captured in a CUDA graph.
+    """
+    if value.device == device:
+        return value if value.dtype == torch.float64 else value.double()
+    if value.ndim == 0 and value.is_cpu and operators.unseen([value]):
+        return torch.full((), value.item(), dtype=torch.float64, device=device)
+    return value.to(device, torch.float64)
 
 
 def check_times(name: str, value: Tensor, x: Tensor) -> None:
@@ -249,30 +233,3 @@ def _flat(value: Tensor, x: Tensor) -> Tensor:
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """A per-point number as something that multiplies x."""
     return value.to(x.dtype) if value.ndim == 0 else value.expand(x.shape[:-1])[..., None].to(x.dtype)
-
-
-def _lanczos_norm(rows: Tensor, mixture: GaussianMixture, backend: str, most: int = 64) -> Tensor:
-    """Spectral norm of the Hessian at each row (n,), by Lanczos with full reorthogonalisation, float64."""
-    x, exact = rows.detach().double(), mixture.to(torch.float64)
-    steps = min(x.shape[1], most)
-    generator = torch.Generator(x.device).manual_seed(0)
-    draws = torch.randn(steps, *x.shape, generator=generator, dtype=torch.float64, device=x.device)
-    basis = [draws[0] / draws[0].norm(dim=1, keepdim=True)]
-    images = [hessian_vector_product(x, basis[0], exact, backend=backend)]
-    for draw in draws[1:]:
-        following = _orthogonal(images[-1], basis)
-        spent = following.norm(dim=1, keepdim=True) <= 1e-8 * images[-1].norm(dim=1, keepdim=True)
-        following = _orthogonal(torch.where(spent, draw, following), basis)  # a spent Krylov space is entered anew
-        basis.append(following / following.norm(dim=1, keepdim=True))
-        images.append(hessian_vector_product(x, basis[-1], exact, backend=backend))
-    vectors, products = torch.stack(basis, 1), torch.stack(images, 1)  # (n, steps, d)
-    projected = vectors @ products.mT
-    norm: Tensor = torch.linalg.eigvalsh((projected + projected.mT) / 2).abs().amax(1)
-    return norm
-
-
-def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    for _ in range(2):
-        for direction in basis:
-            vector = vector - (vector * direction).sum(1, keepdim=True) * direction
-    return vector

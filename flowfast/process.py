@@ -55,7 +55,7 @@ class OUProcess:
         if self._constant is not None:
             return torch.full_like(t, self._constant)
         if self._table is not None:
-            times, values, _ = self._table
+            times, values, _ = (column.to(t.device) for column in self._table)
             i = (torch.searchsorted(times, t, right=True) - 1).clamp(0, len(times) - 2)
             slope = (values[i + 1] - values[i]) / (times[i + 1] - times[i])
             return values[i] + slope * (t - times[i])
@@ -67,7 +67,7 @@ class OUProcess:
         if self._constant is not None:
             return -self._constant * t
         if self._table is not None:
-            times, values, integral = self._table
+            times, values, integral = (column.to(t.device) for column in self._table)
             i = (torch.searchsorted(times, t, right=True) - 1).clamp(0, len(times) - 2)
             return -(integral[i] + (t - times[i]) * (values[i] + self.beta(t)) / 2)
         return -self._pointwise(self._integral_to, t)
@@ -79,7 +79,8 @@ class OUProcess:
     def std(self, t: Times, sigma0: float | Tensor) -> Tensor:
         """Standard deviation `s_t` of a component that has sigma0 at t = 0: `s^2 = alpha^2 sigma0^2 + 1 - alpha^2`."""
         twice = 2 * self.log_alpha(t)
-        sigma0 = sigma0.to(twice) if isinstance(sigma0, Tensor) else sigma0
+        if isinstance(sigma0, Tensor):  # numbers of the CPU and a GPU go together, and nobody waits for a copy
+            sigma0 = sigma0.double() if sigma0.is_cpu or twice.ndim == 0 else sigma0.to(twice)
         return (twice.exp() * sigma0**2 - torch.expm1(twice)).sqrt()
 
     def snr_root(self, t: Times, sigma0: float | Tensor) -> Tensor:
@@ -125,10 +126,10 @@ class OUProcess:
 
     def _times(self, t: Times) -> Tensor:
         t = t.double() if isinstance(t, Tensor) else torch.tensor(_number("t", t), dtype=torch.float64)
-        if torch.compiler.is_compiling() or not t.numel():
+        if torch.compiler.is_compiling() or not t.numel() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
             return t
         try:
-            low, high = float(t.min()), float(t.max())
+            low, high = float(t.detach().min()), float(t.detach().max())
         except RuntimeError:  # inside torch.func.vmap values are not known
             return t
         if not (low >= 0 and math.isfinite(high)):

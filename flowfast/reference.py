@@ -24,12 +24,17 @@ SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the step-size controller
 
 
 def _rowwise(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Run `body` in float64 on chunks of rows, alpha and std as columns (n, 1); the result has x's dtype."""
+    """Run `body` in float64 on chunks of rows, alpha and std as columns (n, 1); the result has x's dtype.
+
+    A compiled function, which should serve any number of rows, takes all of them at once.
+    """
 
     @wraps(body)
     def run(x: Tensor, *rest: Tensor) -> Tensor:
         *more, means, log_weights, alpha, std = (tensor.double() for tensor in rest)
         rows = [x.double(), *more, alpha.expand(len(x))[:, None], std.expand(len(x))[:, None]]
+        if torch.compiler.is_compiling():
+            return body(*rows[:-2], means, log_weights, *rows[-2:]).to(x.dtype)
         size = max(1, CHUNK // means.shape[0])
         parts = []
         for i in range(0, max(1, len(x)), size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from problems import BACKENDS
 from scipy.integrate import solve_ivp
 from tolerances import FLOW_FLOAT32, FLOW_FLOAT64
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import flowfast
 from flowfast import GaussianMixture, OUProcess, flow_map, solve_flow
@@ -216,6 +218,42 @@ def test_reference_flow_carries_gradients() -> None:
     plus, minus = (flow_map(x.detach() + s * shift, mixture, PROCESS, 0.6, 0.2, steps=40)[0, 0] for s in (1, -1))
     assert float(grad[0, 3]) == pytest.approx(float(plus - minus) / 2e-6, rel=1e-5, abs=1e-9)
     assert (grad[1] == 0).all()
+
+
+def test_flows_lose_no_gradient_in_silence() -> None:
+    """The reference carries it, or the call is refused: whatever it is with respect to, and in forward mode too."""
+    mixture, x = _paper(0.5), _start(_paper(0.5), 1.0, 2)
+    wanted = {
+        "means": lambda leaf: flow_map(x, GaussianMixture(leaf, 0.5), PROCESS, 1.0, 0.8, **options),
+        "weights": lambda leaf: flow_map(x, GaussianMixture(mixture.means, 0.5, leaf), PROCESS, 1.0, 0.8, **options),
+        "std": lambda leaf: flow_map(x, GaussianMixture(mixture.means, leaf), PROCESS, 1.0, 0.8, **options),
+        "t": lambda leaf: flow_map(x, mixture, PROCESS, 1.0, leaf, **options),
+        "x": lambda leaf: flow_map(leaf, mixture, PROCESS, 1.0, 0.8, **options),
+    }
+    start = {"means": mixture.means, "weights": mixture.weights, "std": mixture.std, "t": torch.tensor(0.8), "x": x}
+    options: dict[str, Any]
+    for options in ({}, {"steps": 3}, {"backend": "reference"}, {"backend": "reference", "steps": 3}):
+        for name, work in wanted.items():
+            leaf = start[name].double().clone().requires_grad_()
+            if options.get("backend") == "reference" and ("steps" not in options or name not in ("std", "t")):
+                (grad,) = torch.autograd.grad(work(leaf).square().sum(), leaf)
+                assert torch.isfinite(grad).all() and (grad != 0).any()
+                continue
+            with pytest.raises(ValueError, match="carr(y|ies) (no )?gradient"):
+                work(leaf)
+            with torch.no_grad():
+                assert not work(leaf).requires_grad
+    options = {}
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="carries no gradient"):
+        wanted["x"](forward_ad.make_dual(x, x))
+    for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())):
+        with pytest.raises((ValueError, RuntimeError), match="carries no gradient|[Vv]map|[Bb]atching"):
+            transform(wanted["x"])(x)
+    inner = lambda y: torch.func.grad(lambda scale: (wanted["x"](y) * scale).sum())(torch.ones(1).double()[0])  # noqa: E731
+    for work in (wanted["x"], inner):  # inner: what the inner transform does not follow, the outer does
+        with pytest.raises(ValueError, match="carries no gradient"):
+            torch.func.jvp(work, (x,), (x,))
+    assert torch.func.grad(lambda y: (y * wanted["x"](x)).sum())(x).equal(wanted["x"](x))  # a target is no part of it
 
 
 def test_tableaux_satisfy_their_order_conditions() -> None:

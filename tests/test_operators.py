@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowfast
-from flowfast import GaussianMixture, _cpp, operators
+from flowfast import GaussianMixture, _cpp, _triton, operators
 
 
 def _mixture() -> GaussianMixture:
@@ -95,6 +95,17 @@ def test_needed_gradients_go_through_the_operator(directly: list[str]) -> None:
     with torch.no_grad():
         assert not flowfast.score(x, mixture).requires_grad
     assert directly == ["score"]
+
+
+@pytest.mark.skipif(not _triton.interpreting(), reason="on a GPU Triton's results carry gradients")
+def test_the_interpreter_loses_no_gradient_in_silence() -> None:
+    mixture, x = _mixture(), _points()
+    exact = flowfast.score(x, mixture, backend="triton")
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(ValueError, match="interpreter carries no gradient"):
+        flowfast.score(leaf, mixture, backend="triton")
+    with torch.no_grad():
+        assert flowfast.score(leaf, mixture, backend="triton").equal(exact)
 
 
 def test_graphs_hold_the_operator() -> None:
