@@ -18,7 +18,9 @@ from bench.gpu_problems import MODES
 LIMITS = {"build": 45, "tests": 120, "accuracy": 60, "hazards": 45, "sanitizer": 70, "benchmark": 230}  # seconds
 WIDTH = 16  # programs at a time on a GPU, where they are not timed: each compiles kernels on a core of its own
 OVERHEAD = 20  # seconds beside the steps: imports, ending what is late
-TESTS = ("tests/test_operators.py", "tests/test_ops.py")  # beside the Triton ones: they use torch's private functions
+TESTS = tuple(  # beside the Triton ones: operators use torch's private functions, which another torch may not have
+    f"tests/test_{name}.py" for name in ("operators", "transforms", "compile", "modules", "ops")
+)
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SEPARATE = [["highest", "bfloat16"], ["high"], ["float64"]]  # modes with kernels of their own
 FOUND = 9  # exit code of compute-sanitizer when it has found something

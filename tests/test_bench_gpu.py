@@ -212,7 +212,7 @@ def test_every_job_of_every_step_can_be_parsed(tmp_path: Path) -> None:
         assert options.device == "cuda" and not options.tiny and options.part == job.part
         assert "TRITON_INTERPRET" not in job.environment
     assert len({job.part for job in jobs}) == len(jobs)
-    for file in gpu_steps.tests(setup)[0].command[-2:]:
+    for file in gpu_steps.tests(setup)[0].command[-len(gpu_steps.TESTS) :]:
         assert (gpu_jobs.ROOT / file).exists()
     assert all(job.environment["FLOWFAST_TEST_DEVICE"] == "cuda" for job in gpu_steps.tests(setup))
 
