@@ -14,7 +14,7 @@ help:
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make bench   CPU benchmarks, results in bench/results; PEERS=1 installs JAX, KeOps and others first"
 	@echo "make sanitize  the kernels in C++ alone: guard pages, ASan and UBSan, TSan for the thread pool"
-	@echo "make gpu     Triton tests and benchmarks on a GPU with the machine's own Python (GPU_PYTHON), no network"
+	@echo "make gpu     proof and benchmark on a GPU with the machine's own Python (GPU_PYTHON), no network, ten minutes"
 	@echo "make clean   remove the environment, the build and every cache; runs/ is kept"
 
 $(PY):
@@ -84,13 +84,11 @@ sanitize: build/native/address/kernels build/native/thread/kernels
 	grep -q AddressSanitizer build/native/planted.log
 
 # The machine's own Python, as it is: it needs torch, triton, pytest and pybind11. Results go to $OUT where that is set.
-# GPU_DEVICE=cpu rehearses the same steps without a GPU, kernels interpreted.
+# GPU_DEVICE=cpu rehearses every step without a GPU, kernels interpreted, sizes tiny; its results go to a temporary folder.
 GPU_PYTHON ?= python3
 GPU_DEVICE ?= cuda
 gpu:
-	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	FLOWFAST_TEST_DEVICE=$(GPU_DEVICE) $(GPU_PYTHON) -m pytest -W default tests/test_triton.py
-	$(GPU_PYTHON) -m bench --device $(GPU_DEVICE) --out "$${OUT:-bench/results}"
+	$(GPU_PYTHON) -m bench.gpu --device $(GPU_DEVICE) --out "$${OUT:-bench/results}"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flowfast/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

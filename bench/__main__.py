@@ -30,26 +30,22 @@ def main() -> int:
     options = parse()
     console = Console(width=150, highlight=False)
     start, load, cores = time.perf_counter(), os.getloadavg()[0], os.cpu_count() or 1
-    report: dict[str, Any] = {"processor": processor(options.device), "cores": cores, **machine()}
+    report: dict[str, Any] = {"processor": processor(), "cores": cores, **machine()}
     report["versions"] = versions(tuple(dict.fromkeys((*PACKAGES, *PEERS))))
     report |= {"load_before": load, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"), "how": HOW}
     report |= {"quick": options.quick, "seconds_per_contender": options.seconds}
     if load > cores / 2:
         console.print(f"this machine is busy (load {load:.1f} on {cores} cores): do not quote these figures")
-    chosen, rates = options.case or [*names(options.device), *own.NAMES], None
-    red: set[str] = set()
-    if options.device == "cuda":
-        chosen = names("cuda")
-    else:
-        red = gate.red({operation for name in chosen for operation in gate.operations(name)}, reuse=options.reuse_tests)
-        threads = torch.get_num_threads()
-        report["ceilings"] = ceilings(tuple(sorted({1, threads})))
-        rates = report["ceilings"][str(threads)]
-        for count, found in report["ceilings"].items():
-            shown = ", ".join(f"{name} {1e-9 * x:.4g} G/s" for name, x in found.items())
-            console.print(f"ceilings, {count} threads: {shown}")
+    chosen = options.case or [*names(), *own.NAMES]
+    red = gate.red({operation for name in chosen for operation in gate.operations(name)}, reuse=options.reuse_tests)
+    threads = torch.get_num_threads()
+    report["ceilings"] = ceilings(tuple(sorted({1, threads})))
+    rates = report["ceilings"][str(threads)]
+    for count, found in report["ceilings"].items():
+        shown = ", ".join(f"{name} {1e-9 * x:.4g} G/s" for name, x in found.items())
+        console.print(f"ceilings, {count} threads: {shown}")
     name = re.sub("[^a-z0-9]+", "-", report["processor"].lower()).strip("-")
-    path = options.out / f"{name}-{options.device}.json"
+    path = options.out / f"{name}-cpu.json"
     cases, complete = kept(path, report["versions"]) if options.case else ({}, False)
     report |= {"red": sorted(red), "complete": complete, "cases": cases}
     warnings.filterwarnings("ignore", module="torch|jax|torchode|pykeops|sklearn")
@@ -80,13 +76,13 @@ def kept(path: Path, versions: dict[str, str]) -> tuple[dict[str, Any], bool]:
     return (old["cases"], old["complete"]) if old.get("versions") == versions else ({}, False)
 
 
-def timed(name: str, options: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:
+def timed(name: str, options: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
     """One case, measured, as plain numbers."""
     begin = time.perf_counter()
     if name in own.NAMES:
         result = own.measure(name, seconds=options.seconds, quick=options.quick)
     else:
-        case = named(name, device=options.device, quick=options.quick)
+        case = named(name, quick=options.quick)
         found = measure(case, seconds=options.seconds)
         extra = memory.extra(name, found.timings, quick=options.quick) if name in memory.CASES else {}
         result = as_json(case, found, rates, extra)
@@ -102,7 +98,6 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
     parser.add_argument("--seconds", type=float, default=1.0, help="of turns per contender of a case")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the points, to see that it runs")
@@ -111,10 +106,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def processor(device: str) -> str:
-    """What the numbers were taken on: the GPU's or the CPU's model."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def processor() -> str:
+    """What the numbers were taken on: the CPU's model."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found.group(1) if found else "cpu"
 

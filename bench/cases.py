@@ -81,7 +81,6 @@ SOLVERS: Mapping[str, Contender] = {
     "torchdiffeq Dopri5": Contender(peers.torchdiffeq_dopri5, method="any"),
     "torchode Dopri5": Contender(peers.torchode_dopri5, method="any"),
 }
-EAGER = ("torch, scripts", "torch, lean")  # what the GPU cases are timed against
 
 SIZES: Mapping[str, tuple[str, int, int, int]] = {
     "S1": ("score", 1_024, 20, 64),
@@ -97,29 +96,24 @@ SIZES: Mapping[str, tuple[str, int, int, int]] = {
     "one point": ("score", 1, 20, 64),
 }
 LOW_NOISE = ("T1", "T2")  # also at sigma0 = 1e-3
-ON_GPU = {"S1": (20, 1.0), "S2": (20, 1.0), "S3": (20, 0.01)}  # components and sigma0
 TINY = 16  # rows, components and dimensions at most, for a first call that only loads libraries
 
 
-def names(device: str = "cpu") -> list[str]:
-    """Names of all cases that have peers on `device` ("cpu" or "cuda")."""
-    if device == "cuda":
-        return list(ON_GPU)
+def names() -> list[str]:
+    """Names of all cases that have peers."""
     return [*SIZES, *(f"{name} sigma0=0.001" for name in LOW_NOISE), *(f"{name} float64" for name in SIZES)]
 
 
-def named(name: str, *, device: str = "cpu", quick: bool = False, tiny: bool = False) -> Case:
+def named(name: str, *, quick: bool = False, tiny: bool = False) -> Case:
     """A case by its name; `quick` takes fewer points, `tiny` hardly any of anything."""
     operation, n, k, d = SIZES[base(name)]
     std = 1e-3 if name.endswith("=0.001") else 1.0
-    if device == "cuda":
-        k, std = ON_GPU[name]
     if quick:
         n, k = max(n // 16, 1), min(k, 2_000)
     if tiny:
         n, k, d = min(n, TINY), min(k, TINY), min(d, TINY)
     dtype = torch.float64 if name.endswith("float64") else torch.float32
-    return case(name, operation, n, k, d, std, dtype=dtype, device=device)
+    return case(name, operation, n, k, d, std, dtype=dtype)
 
 
 def base(name: str) -> str:
@@ -127,20 +121,17 @@ def base(name: str) -> str:
     return name.removesuffix(" float64").removesuffix(" sigma0=0.001")
 
 
-def case(
-    name: str, operation: str, n: int, k: int, d: int, std: float, *, dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> Case:  # fmt: skip
+def case(name: str, operation: str, n: int, k: int, d: int, std: float, *, dtype: torch.dtype = torch.float32) -> Case:
     """One case: components drawn at random, or the digits; points drawn from the law that is evaluated."""
     if name.startswith("digits"):
         from flowfast.experiments import digits_mixture
 
         data, std = digits_mixture().to(dtype=dtype), 0.15
     else:
-        data = flowfast.GaussianMixture.random(k, d, std=std).to(device, dtype)
+        data = flowfast.GaussianMixture.random(k, d, std=std).to(dtype)
     k, process = data.n_components, flowfast.OUProcess(BETA)
     law = process.marginal(data, 1.0 if operation == "flow" else TIME)
-    x = law.sample(n, generator=torch.Generator(device).manual_seed(1))
+    x = law.sample(n, generator=torch.Generator().manual_seed(1))
     here = data if operation in ("flow", "diameter") else law
     problem = Problem(operation, x, here.means, float(here.std), BETA, STEPS)
     sizes = f"k={k:,} d={d}" if operation == "diameter" else f"n={n:,} k={k:,} d={d} sigma0={std:g}"
@@ -148,8 +139,7 @@ def case(
     pairs, products = float(n * k), {"score": 4, "weights": 2, "flow": 4, "diameter": 0}[operation]
     calls = 4 * STEPS if operation == "flow" else 1
     flops = float(k) * k * d if operation == "diameter" else calls * products * pairs * d
-    rivals = EAGER if device == "cuda" else tuple(PEERS)
-    contenders = {**ours(name, operation, here, process), **{name: PEERS[name] for name in rivals}}
+    contenders = {**ours(name, operation, here, process), **PEERS}
     if operation == "flow":
         contenders |= SOLVERS
     exps = 0.0 if operation == "diameter" else calls * pairs

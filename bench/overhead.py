@@ -89,7 +89,7 @@ def main() -> None:
             quartiles = f"{row['lower']:.1f}-{row['upper']:.1f}"
             table.add_row(name, f"{row['median']:.1f}", quartiles, f"{row['fastest']:.1f}")
         console.print(table)
-    about = {"processor": processor("cpu"), **machine(), "versions": versions(), "load_before": load}
+    about = {"processor": processor(), **machine(), "versions": versions(), "load_before": load}
     about |= {"clock": "thread_time", "rounds": options.rounds, "calls": options.calls}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "overhead-cpu.json"

@@ -36,7 +36,7 @@ def torch_compile(problem: Problem) -> Run:
     if problem.operation != "flow":
         compiled = torch.compile(lean_score if problem.operation == "score" else lean_weights, dynamic=False)
         return lambda: compiled(x, means, std)
-    table, h = torch.from_numpy(_schedule(problem)), -1.0 / problem.steps
+    table, h = torch.from_numpy(_schedule(problem)).to(x.device), -1.0 / problem.steps
     squares = means.square().sum(1)
 
     def velocity(x: Tensor, row: Tensor) -> Tensor:
@@ -55,10 +55,11 @@ def torch_compile(problem: Problem) -> Run:
     return run
 
 
-def _jax() -> tuple[Any, Any]:
+def _jax(problem: Problem) -> tuple[Any, Any]:
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cuda" if problem.x.is_cuda else "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")  # products of float32 in float32, on a GPU too
     jax.config.update("jax_enable_x64", True)  # arrays keep the dtype they come with
     return jax, jax.numpy
 
@@ -69,8 +70,8 @@ def _jax_weights(jax: Any, x: Any, centres: Any, precision: Any) -> Any:
 
 def jax(problem: Problem) -> Run:
     """The lean form under jax.jit; a flow is one compiled loop."""
-    jax, jnp = _jax()
-    x, means = jnp.asarray(problem.x.numpy()), jnp.asarray(problem.means.numpy())
+    jax, jnp = _jax(problem)
+    x, means = jnp.asarray(problem.x.cpu().numpy()), jnp.asarray(problem.means.cpu().numpy())
     precision = x.dtype.type(problem.std**-2) if problem.std else 0.0
 
     def score(x: Any, means: Any, precision: Any) -> Any:
@@ -107,8 +108,8 @@ def jax(problem: Problem) -> Run:
 def _diffrax(problem: Problem, controller: Any, solver: Any, dt0: float | None) -> Run:
     import diffrax
 
-    jax, jnp = _jax()
-    x, means = jnp.asarray(problem.x.numpy()), jnp.asarray(problem.means.numpy())
+    jax, jnp = _jax(problem)
+    x, means = jnp.asarray(problem.x.cpu().numpy()), jnp.asarray(problem.means.cpu().numpy())
 
     def velocity(t: Any, x: Any, means: Any) -> Any:
         alpha = jnp.exp(-problem.beta * t).astype(x.dtype)

@@ -55,7 +55,7 @@ def main() -> None:
             table.add_row("shared" if shared else "separate", str(seed), f"{errors[True]:.4f}", f"{errors[False]:.4f}")
     Console().print(table)
     problem = {"k": 20, "d": 64, "std": 1.0, "beta": 5.0, "mean_seed": 0, "times": times.tolist(), "points": POINTS}
-    about = {"processor": processor("cpu"), **machine(), "versions": versions(), "problem": problem}
+    about = {"processor": processor(), **machine(), "versions": versions(), "problem": problem}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "precondition-cpu.json"
     file.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")

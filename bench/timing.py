@@ -80,7 +80,7 @@ def measure(case: Case, *, seconds: float = 1.0) -> Measured:
             if tried and first > ONCE:
                 samples[name] = [first]
             else:
-                turns[name] = partial(turn, run, cuda=exact.is_cuda)
+                turns[name] = partial(turn, run)
         except NotOffered as reason:
             absent[name] = str(reason)
         except ModuleNotFoundError as error:
@@ -115,15 +115,15 @@ def _goes_on(taken: list[float], spent: float, seconds: float) -> bool:
     return len(taken) < fewest or (spent < seconds and len(taken) < MOST_TURNS)
 
 
-def turn(run: Run, *, cuda: bool = False) -> float:
+def turn(run: Run) -> float:
     """Seconds of one call after untimed ones, or of the first when it is slow."""
     begin, settled = time.perf_counter(), False
     while not settled:
-        taken = _seconds(run, cuda)
+        taken = _seconds(run)
         if taken > SLOW:
             return taken
         settled = time.perf_counter() - begin >= SETTLE
-    return _seconds(run, cuda)
+    return _seconds(run)
 
 
 def summary(taken: list[float]) -> tuple[float, float, float, float, int]:
@@ -159,7 +159,7 @@ def _build(case: Case, contender: Contender) -> Run:
     if part < 1 and not contender.ours and not contender.compiles:
         trial = contender.build(small)
         for _ in range(2):  # a first call may compile or import: the second one counts
-            taken = _seconds(trial, case.problem.x.is_cuda)
+            taken = _seconds(trial)
             if taken <= LONGEST * part:
                 return run
         raise NotOffered(f"skipped: above {LONGEST:.0f} s per call ({taken:.1f} s for 1/{1 / part:.0f} of the work)")
@@ -175,11 +175,7 @@ def _smaller(problem: Problem) -> tuple[Problem, float]:
     return (replace(problem, x=problem.x[:rows].contiguous()), 1 / TRIAL) if rows else (problem, 1.0)
 
 
-def _seconds(run: Run, cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
+def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
-    if cuda:
-        torch.cuda.synchronize()
     return time.perf_counter() - start

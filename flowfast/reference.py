@@ -162,6 +162,7 @@ def flow_fixed(
         End points (n, d), dtype of x, and status int8 (n,): SUCCESS or NON_FINITE.
     """
     average, stages = _averager(means, log_weights), tableau.shape[1]
+    ends = ends.to(x.device)
     z = _enter(x, center, ends)
     for i in range(len(h)):
         rates: list[Tensor] = []

@@ -247,6 +247,6 @@ def test_a_green_run_is_reused_only_for_the_same_sources(tmp_path: Path, monkeyp
 def test_names_lead_to_cases() -> None:
     everything = [*cases.names(), *own.NAMES]
     assert {operation for name in everything for operation in gate.operations(name)} == set(gate.TESTS)
-    assert set(cases.names("cuda")) | set(memory.CASES) | set(own.TIMED) <= set(cases.names())
+    assert set(memory.CASES) | set(own.TIMED) <= set(cases.names())
     for files in gate.TESTS.values():
         assert all((gate.ROOT / file).exists() for file in files)
