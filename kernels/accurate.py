@@ -35,11 +35,26 @@ def two_product(a, b):
 
 
 @triton.jit
-def sum_pairs(high, low, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr):
-    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, as accurate as twice the precision."""
-    for i in tl.static_range(LOG_D):
-        h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
-        l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
-        high, error = two_sum(h0, h1)
-        low = (l0 + l1) + error
-    return tl.reshape(high + low, (BLOCK_N, BLOCK_K))
+def _add_pairs(a_high, a_low, b_high, b_low):
+    high, error = two_sum(a_high, b_high)
+    return high, (a_low + b_low) + error
+
+
+@triton.jit
+def sum_pairs(
+    high, low,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, as accurate as twice the precision.
+
+    The interpreter runs custom reductions element by element: it adds halves instead (EMULATE), which compiled would take
+    a change of layout, and registers, at every step.
+    """
+    if EMULATE:
+        for i in tl.static_range(LOG_D):
+            h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+            l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+            high, low = _add_pairs(h0, l0, h1, l1)
+        return tl.reshape(high + low, (BLOCK_N, BLOCK_K))
+    high, low = tl.reduce((high, low), 2, _add_pairs)
+    return high + low
