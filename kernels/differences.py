@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accurate import sum_pairs, two_product, two_sum
+from .accurate import row_logits, squares
 from .launch import Launch, Variant, gpu_name, launch, rows
 
 OUTPUTS = (
@@ -36,35 +36,6 @@ OUTPUTS = (
 )
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 MINUS_INF = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _logits(
-    x, m, log_w, lead_m, lead_w, alpha, std,
-    REFINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile of means (n, k), relative to the leading component when REFINE, and x - alpha m (n, k, d)."""
-    x = x[:, None, :]
-    m = m[None, :, :]
-    if REFINE:
-        scale = tl.broadcast_to(alpha[:, None, None], (BLOCK_N, BLOCK_K, BLOCK_D))
-        product, product_error = two_product(scale, m)
-        away = (x - product) - product_error
-        gap, gap_error = two_sum(lead_m[:, None, :], -m)
-        pair, pair_error = two_sum(lead_m[:, None, :], m)
-        product, product_error = two_product(scale, pair)
-        middle, middle_error = two_sum(2 * x, -product)
-        middle_error = middle_error - product_error - scale * pair_error
-        high, low = two_product(gap, middle)
-        low = low + gap * middle_error + gap_error * middle
-        farther = sum_pairs(high, low, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE) / std[:, None]
-        logits = (log_w[None, :] - lead_w[:, None]) - farther * (0.5 * alpha / std)[:, None]
-    else:
-        near = alpha.to(x.dtype)
-        rest = (alpha - near).to(x.dtype)
-        away = tl.fma(-rest[:, None, None], m, tl.fma(-near[:, None, None], m, x))
-        logits = log_w[None, :] - tl.sum(away * away, axis=2) * (0.5 / (std * std)).to(x.dtype)[:, None]
-    return logits, away
 
 
 @triton.jit
@@ -109,7 +80,7 @@ def _sweep(
         m, log_w, offs_k = _tile(
             start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
         )
-        logits, away = _logits(
+        logits, away = row_logits(
             x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE
         )
         top, place = tl.max(logits, axis=1, return_indices=True)
@@ -124,18 +95,25 @@ def _sweep(
             acc = acc * old[:, None] + tl.sum(p[:, :, None] * away, axis=1)
         if MEAN or TRACE or PRODUCT:
             # The tile has a mean and spreads of its own; two groups are joined as in the parallel form of variance.
-            tile_mean = tl.sum(p[:, :, None] * m[None, :, :], axis=1) / tl.where(l_tile > 0, l_tile, 1.0)[:, None]
-            around = m[None, :, :] - tile_mean[:, None, :]
+            if BLOCK_K == 1:
+                tile_mean = tl.broadcast_to(m, (BLOCK_N, BLOCK_D))
+            else:
+                # An fma, as the compiler turns sums of plain products into products of matrices in TensorFloat-32.
+                parts = tl.fma(p[:, :, None], m[None, :, :], tl.zeros((BLOCK_N, BLOCK_K, BLOCK_D), DTYPE))
+                tile_mean = tl.sum(parts, axis=1) / tl.where(l_tile > 0, l_tile, 1.0)[:, None]
+                around = m[None, :, :] - tile_mean[:, None, :]
             share = l_tile / tl.where(l_new > 0, l_new, 1.0)
             between = tile_mean - mean
             joint = l_i * old * share
             if TRACE:
-                spread = spread * old + tl.sum(p * tl.sum(around * around, axis=2), axis=1)
-                spread += joint * tl.sum(between * between, axis=1)
+                spread = spread * old + joint * tl.sum(between * between, axis=1)
+                if BLOCK_K > 1:
+                    spread += tl.sum(p * tl.sum(around * around, axis=2), axis=1)
             if PRODUCT:
-                along = p * tl.sum(around * direction[:, None, :], axis=2)
-                pull = pull * old[:, None] + tl.sum(along[:, :, None] * around, axis=1)
-                pull += (joint * tl.sum(between * direction, axis=1))[:, None] * between
+                pull = pull * old[:, None] + (joint * tl.sum(between * direction, axis=1))[:, None] * between
+                if BLOCK_K > 1:
+                    along = p * tl.sum(around * direction[:, None, :], axis=2)
+                    pull += tl.sum(along[:, :, None] * around, axis=1)
             mean = mean * (1 - share)[:, None] + tile_mean * share[:, None]
         l_i = l_new
         m_i = m_new
@@ -150,7 +128,7 @@ def _sweep(
     if LOG_DENSITY:
         value = (m_i + tl.log(l_i)).to(tl.float64) - d * (tl.log(std) + HALF_LOG_2_PI)
         if REFINE:
-            value += lead_w - tl.sum(_squares(x, lead_m, alpha, std, BLOCK_N, BLOCK_D), axis=1)
+            value += lead_w - tl.sum(squares(x, lead_m, alpha, std, BLOCK_N, BLOCK_D), axis=1)
         tl.store(log_density_ptr + offs_n, value.to(log_density_ptr.dtype.element_ty), mask=n_mask)
     if SCORE:
         value = -(acc / total[:, None]).to(tl.float64) / (std * std)[:, None]
@@ -170,7 +148,7 @@ def _sweep(
             m, log_w, offs_k = _tile(
                 start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
             )
-            logits, away = _logits(
+            logits, away = row_logits(
                 x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE
             )
             gamma = tl.exp(logits - m_i[:, None]) / total[:, None]
@@ -178,14 +156,6 @@ def _sweep(
             nk_mask = n_mask[:, None] & (offs_k < k)[None, :]
             tl.store(weights_ptr + offs_nk, gamma.to(weights_ptr.dtype.element_ty), mask=nk_mask)
     return lead, near
-
-
-@triton.jit
-def _squares(x, lead_m, alpha, std, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """|x - alpha m|^2 / 2 std^2 of the leading component, coordinate by coordinate (n, d)."""
-    product, product_error = two_product(tl.broadcast_to(alpha[:, None], (BLOCK_N, BLOCK_D)), lead_m)
-    away = ((x - product) - product_error) / std[:, None]
-    return 0.5 * away * away
 
 
 @triton.jit(do_not_specialize=["n", "k", "d"])
@@ -228,7 +198,8 @@ def differences_kernel(
             x, direction, lead, offs_n, far, offs_d, alpha, std, k, d,
             means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
             log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
-            LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, True, tl.float64, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE,
+            LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, True, tl.float64,
+            BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE,
         )  # fmt: skip
 
 
@@ -276,7 +247,7 @@ def allocate(x: Tensor, k: int, outputs: Sequence[str]) -> dict[str, Tensor]:
 
 
 def variants() -> list[Variant]:
-    """Every configuration that is shipped: rows of the table, for each output, and for flagged rows where those occur."""
+    """Every configuration that is shipped: rows of the table, each output, and flagged rows where those occur."""
     flags = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")
     found = []
     for row in rows("posterior"):

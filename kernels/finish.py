@@ -1,17 +1,17 @@
-"""What the products of tensor cores leave open: sums of the splits, the leading component exactly, and who is doubtful.
+"""What products on tensor cores leave open: sums of the splits, the leading component exactly, and who is doubtful.
 
-Every row gets a bound on the error of its logits, in units u = 2^-24, with rho = |alpha| R / std, R the largest |m - c|,
-y = (x - alpha c) / std and q = |y|_4 |alpha| R_4 / std (|.|_4 the norm of fourth powers):
+Every row gets a bound on the error of its logits, in units u = 2^-24, with rho = |alpha| R / std, R the largest
+|m - c|, y = (x - alpha c) / std and q = |y|_4 |alpha| R_4 / std (|.|_4 the norm of fourth powers):
 
     reach = min(|y| rho, |top| + rho^2 / 2 + W + 4 q)               partial sums of y . m; W spans the log-weights
     error = (2 sqrt(BLOCK_D / 16) + 4) reach + 2 rho^2 + 16         six products
-          + 64 (3 q + min(|y| rho, |top| + rho^2 / 2 + W))          three products
+          + 256 q + 128 min(|y| rho, |top| + rho^2 / 2 + W)          three products
 
 The first term is an addition of BLOCK_D / 16 truncated sums per product, the last what three products leave out. Both
 are probabilistic: they take the coordinates' roundings as independent of one another (4 q is four standard deviations
 of a sum with random signs), as csrc/posterior.hpp does; a worst-case bound would doubt nearly every row.
 
-A row is decided if error <= A (1 + rho), A = 128 for six products and 1024 for three, and no output is a difference of
+A row is decided if error <= A (1 + rho), A = 128 for six products and 2048 for three, and no output is a difference of
 nearly equal numbers; it has collapsed if no component lies within 2 error u + ln k + 17.3 of the leading one, and then
 it is that component's, to the last bit. Every other row, and every non-finite one, is marked in `flags`.
 """
@@ -91,9 +91,9 @@ def finish_kernel(
     average = 12 + 0.125 * tl.sqrt(k.to(tl.float32))  # error of sum p m / sum p, in units of u R
     most = 128 * room
     if TERMS == 3:
-        error += 64 * (3 * quartic + tl.minimum(xi * rho, total))
+        error += 256 * quartic + 128 * tl.minimum(xi * rho, total)
         average += 192
-        most = 1024 * room
+        most = 2048 * room
     gap = (m_i - second).to(tl.float64) * LN_2
     collapsed = gap > error * 2 * UNIT + tl.log(k.to(tl.float32)) + 17.3
     decided = error <= most

@@ -1,8 +1,8 @@
 """Numbers as sums of bf16 pieces, which tensor cores multiply exactly and add in float32.
 
-Three pieces of 8 bits hold a float32: |a - a_0 - a_1 - a_2| <= 2^-27 |a|. Six products of pieces (0.0, 0.1, 1.0, 1.1,
-0.2, 2.0) leave out 2^-25 |a b|; the three of the first two pieces (0.0, 0.1, 1.0) leave out 3 2^-18 |a b|.
-bench/split_model.py measures both.
+Three pieces of 8 bits hold a float32: |a - a_0 - a_1 - a_2| <= 2^-26 |a|. Six products of pieces (0.0, 0.1, 1.0, 1.1,
+0.2, 2.0) leave out at most 2^-23 |a b|; the three of the first two pieces (0.0, 0.1, 1.0) at most 2^-15 |a b|, and
+about an eighth of it as a rule. bench/split_model.py measures both.
 
     pieces  (3, rows, BLOCK_D)  bf16; rows and columns beyond the data are zero
     sizes   (5, rows)           float32: |y|, (sum y^4)^(1/4), |x|, |y|^2 / 2 and alpha / std of every row

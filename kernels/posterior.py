@@ -15,10 +15,10 @@ sweep), hessian_vector_product (n, d). path() chooses how logits are formed:
     how exact products are: "bf16x6" like float32, "bf16x3" faster. It follows torch.get_float32_matmul_precision():
     "highest", torch's default, is bf16x6, "high" and "medium" are bf16x3.
 
-Range: 1e-8 <= std; |x| and |alpha m| below 1e15 in float32, 1e150 in float64. Max error, norm-wise and relative to what
-csrc/posterior.hpp names, in two cases probabilistic (kernels/finish.py): max(1e-10, 64 eps (1 + |alpha m| / std)), see
-tests/test_triton.py; 512 eps (1 + |alpha m| / std) with bf16x3, where about 1e-5 is typical. A non-finite row of x gives a
-non-finite row of outputs, and no row depends on its neighbours.
+Range: 1e-8 <= std; |x| and |alpha m| below 1e15 in float32, 1e150 in float64. Max error, norm-wise and relative to
+what csrc/posterior.hpp names: max(1e-10, 64 eps (1 + |alpha m| / std)), see tests/test_triton.py; with bf16x3
+1024 eps (1 + |alpha m| / std), where about 1e-5 is typical. The bound that products rest on is probabilistic
+(kernels/finish.py). A non-finite row of x gives a non-finite row of outputs, and no row depends on its neighbours.
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
 """The posterior pass on tensor cores, for 32 < d <= 256 and float32: numbers as pieces of bf16 (kernels/pieces.py).
 
-With c the mean of the means, y = (x - alpha c) / std and r = alpha / std, logits are, but for what all components share,
+With c the mean of the means, y = (x - alpha c) / std and r = alpha / std, logits are, up to a common term,
 
     log w_k + r y . (m_k - c) - r^2 |m_k - c|^2 / 2        (Eq. 6)
 
-Both products, y . m and p @ m, are sums of `terms` products of pieces: 6 are as good as float32, 3 are off by about 1e-5.
-Four launches: pieces of the means, pieces of y, an online softmax over groups of components (`splits`, where there are few
-points; their number depends on n, k and d alone), and the join of the groups (kernels/finish.py). Posterior weights take one
-more, the Hessian-vector product two. A row gives the same bits whatever the other rows are, for equal n, k and outputs.
+Both products, y . m and p @ m, are sums of `terms` products of pieces: 6 are as good as float32, 3 about 1e-5 off. Four
+launches: pieces of the means, pieces of y, an online softmax over groups of components (where there are few points;
+how many depends on n, k and d alone), and the join of the groups (kernels/finish.py). Posterior weights take one more,
+the Hessian-vector product two. A row gives the same bits whatever the other rows are, for equal n, k and outputs.
 
-The result is wrong, and said to be so in `flags`, for rows whose logits may be off by more than the contract (see
-kernels/finish.py): the caller does those by differences.
-
-Workspace: 6 bytes per padded element of the means (path() in kernels/posterior.py bounds it) and at most 256 MiB per
-slice of rows.
+Rows whose logits may be off by more than the contract are marked in `flags`: the caller does those by differences.
+Workspace: 6 bytes per padded element of the means, which path() in kernels/posterior.py bounds, and 256 MiB for rows.
 """
 
 from __future__ import annotations
@@ -81,9 +78,9 @@ def products_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N rows against `share` components, the online softmax's state to (splits, n) arrays.
 
-    n and k are multiples of the tiles: rows beyond the data are zero, and components there have log-weight -inf. MEANS: also
-    sums of p m and of p |m|^2 / 2; ALONG: of p (m . v) m instead of p m. Log-weights and logits are in base 2. Tiles whose
-    largest logit is below the running one by `window` carry no weight and are left out, but for the second largest logit.
+    n and k are multiples of the tiles: rows beyond the data are zero, components there have log-weight -inf. MEANS:
+    also sums of p m and of p |m|^2 / 2; ALONG: of p (m . v) m instead of p m. Log-weights and logits are in base 2.
+    Tiles whose largest logit is below the running one by `window` have no weight: only their largest logit counts.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N
     split = tl.program_id(1)
@@ -175,7 +172,7 @@ def products(
         x: (n, d) float32. means: (k, d). log_weights: (k,). alpha, std: () or (n,) float64. Any strides.
         outputs: contiguous, written in place. direction: (n, d), for the Hessian-vector product. terms: 3 or 6.
     """
-    (n, d), k = x.shape, means.shape[0]
+    n, d = x.shape
     chosen = launch("products", x.dtype, d, gpu_name(x.device))
     flags = x.new_empty(n, dtype=torch.int8)
     components = _Components(means, log_weights, chosen)
