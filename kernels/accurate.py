@@ -45,7 +45,7 @@ def sum_pairs(
     high, low,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, as accurate as twice the precision.
+    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, again as high + low.
 
     The interpreter runs custom reductions element by element: it adds halves instead (EMULATE), which compiled would
     take a change of layout, and registers, at every step.
@@ -55,44 +55,33 @@ def sum_pairs(
             h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
             l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
             high, low = _add_pairs(h0, l0, h1, l1)
-        return tl.reshape(high + low, (BLOCK_N, BLOCK_K))
-    high, low = tl.reduce((high, low), 2, _add_pairs)
-    return high + low
+        return tl.reshape(high, (BLOCK_N, BLOCK_K)), tl.reshape(low, (BLOCK_N, BLOCK_K))
+    return tl.reduce((high, low), 2, _add_pairs)
 
 
 @triton.jit
-def row_logits(
-    x, m, log_w, lead_m, lead_w, alpha, std,
-    REFINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    LOG_D: tl.constexpr, EMULATE: tl.constexpr,
+def farther(
+    x, m, lead_m, alpha,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of means (n, k), relative to the leading component when REFINE, and x - alpha m (n, k, d)."""
-    x = x[:, None, :]
-    m = m[None, :, :]
-    if REFINE:
-        scale = tl.broadcast_to(alpha[:, None, None], (BLOCK_N, BLOCK_K, BLOCK_D))
-        product, product_error = two_product(scale, m)
-        away = (x - product) - product_error
-        gap, gap_error = two_sum(lead_m[:, None, :], -m)
-        pair, pair_error = two_sum(lead_m[:, None, :], m)
-        product, product_error = two_product(scale, pair)
-        middle, middle_error = two_sum(2 * x, -product)
-        middle_error = middle_error - product_error - scale * pair_error
-        high, low = two_product(gap, middle)
-        low = low + gap * middle_error + gap_error * middle
-        farther = sum_pairs(high, low, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE) / std[:, None]
-        logits = (log_w[None, :] - lead_w[:, None]) - farther * (0.5 * alpha / std)[:, None]
-    else:
-        near = alpha.to(x.dtype)
-        rest = (alpha - near).to(x.dtype)
-        away = tl.fma(-rest[:, None, None], m, tl.fma(-near[:, None, None], m, x))
-        logits = log_w[None, :] - tl.sum(away * away, axis=2) * (0.5 / (std * std)).to(x.dtype)[:, None]
-    return logits, away
+    """|x - alpha m|^2 - |x - alpha m_a|^2 over alpha, (n, k), as high + low.
+
+    It is the sum of (m_a - m) (2x - alpha (m_a + m)). x, lead_m (BLOCK_N, BLOCK_D), m (BLOCK_K, BLOCK_D) and alpha
+    (BLOCK_N,) are float64.
+    """
+    scale = tl.broadcast_to(alpha[:, None, None], (BLOCK_N, BLOCK_K, BLOCK_D))
+    gap, gap_error = two_sum(lead_m[:, None, :], -m[None, :, :])
+    pair, pair_error = two_sum(lead_m[:, None, :], m[None, :, :])
+    product, product_error = two_product(scale, pair)
+    middle, middle_error = two_sum(2 * x[:, None, :], -product)
+    middle_error = middle_error - product_error - scale * pair_error
+    high, low = two_product(gap, middle)
+    low = low + gap * middle_error + gap_error * middle
+    return sum_pairs(high, low, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE)
 
 
 @triton.jit
-def squares(x, lead_m, alpha, std, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """|x - alpha m|^2 / 2 std^2 of the leading component, coordinate by coordinate (n, d)."""
-    product, product_error = two_product(tl.broadcast_to(alpha[:, None], (BLOCK_N, BLOCK_D)), lead_m)
-    away = ((x - product) - product_error) / std[:, None]
-    return 0.5 * away * away
+def difference(x, m, alpha, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x - alpha m, (BLOCK_N, BLOCK_D), float64; the product is not rounded."""
+    product, error = two_product(tl.broadcast_to(alpha[:, None], (BLOCK_N, BLOCK_D)), m)
+    return (x - product) - error

@@ -23,38 +23,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accurate import row_logits, squares
+from .accurate import difference, farther, two_sum
 from .launch import Launch, Variant, gpu_name, launch, rows
+from .outputs import FLAGS, OUTPUTS, allocate
 
-OUTPUTS = (
-    "log_density",
-    "score",
-    "posterior_mean",
-    "covariance_trace",
-    "posterior_weights",
-    "hessian_vector_product",
-)
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 MINUS_INF = tl.constexpr(float("-inf"))
+CHUNK = tl.constexpr(1024)  # coordinates of a doubled-precision logit that are read at a time
+LOG_CHUNK = tl.constexpr(10)
 
 
 @triton.jit
 def _tile(
-    start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    start, k, x, x_ptrs, stride_xd, n_mask, lead, lead_m, alpha, std, offs_d, d,
+    means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
+    REFINE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    LOG_D: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Means (k, d), log-weights (k,) and numbers of the components from `start` on; log-weight -inf past the last."""
+    """Components from `start` on: numbers, means (k, d), logits (n, k) and, without REFINE, x - alpha m.
+
+    Log-weights are -inf past the last component. With REFINE logits are relative to the component `lead`, and formed by
+    chunks of coordinates where there are many, read again for want of registers.
+    """
     offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
     there = offs_k < k
-    m_ptrs = means_ptr + offs_k[:, None] * stride_mk + offs_d[None, :] * stride_md
-    m = tl.load(m_ptrs, mask=there[:, None] & (offs_d < d)[None, :], other=0.0)
-    log_w = tl.load(log_weights_ptr + offs_k * stride_w, mask=there, other=MINUS_INF)
-    return m.to(DTYPE), log_w.to(DTYPE), offs_k
+    m_ptrs = means_ptr + offs_k[:, None] * stride_mk
+    m = tl.load(m_ptrs + offs_d[None, :] * stride_md, mask=there[:, None] & (offs_d < d)[None, :], other=0.0).to(DTYPE)
+    log_w = tl.load(log_weights_ptr + offs_k * stride_w, mask=there, other=MINUS_INF).to(DTYPE)
+    away = m
+    if REFINE:
+        lead_w = tl.load(log_weights_ptr + lead * stride_w).to(DTYPE)
+        if BLOCK_D > CHUNK:
+            high = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
+            low = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
+            lead_ptrs = means_ptr + lead[:, None] * stride_mk
+            for first in range(0, BLOCK_D, CHUNK):
+                columns = first + tl.arange(0, CHUNK)[None, :]
+                inside = columns < d
+                x_part = tl.load(x_ptrs + columns * stride_xd, mask=n_mask[:, None] & inside, other=0.0)
+                m_part = tl.load(m_ptrs + columns * stride_md, mask=there[:, None] & inside, other=0.0)
+                lead_part = tl.load(lead_ptrs + columns * stride_md, mask=inside, other=0.0)
+                more, less = farther(
+                    x_part.to(DTYPE), m_part.to(DTYPE), lead_part.to(DTYPE), alpha,
+                    BLOCK_N, BLOCK_K, CHUNK, LOG_CHUNK, EMULATE,
+                )  # fmt: skip
+                high, error = two_sum(high, more)
+                low += less + error
+        else:
+            high, low = farther(x, m, lead_m, alpha, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE)
+        logits = (log_w[None, :] - lead_w[:, None]) - ((high + low) / std[:, None]) * (0.5 * alpha / std)[:, None]
+    else:
+        near = alpha.to(DTYPE)
+        rest = (alpha - near).to(DTYPE)
+        away = tl.fma(-near[:, None, None], m[None, :, :], x[:, None, :])
+        away = tl.fma(-rest[:, None, None], m[None, :, :], away)
+        logits = log_w[None, :] - tl.sum(away * away, axis=2) * (0.5 / (std * std)).to(DTYPE)[:, None]
+    return offs_k, m, logits, away
 
 
 @triton.jit
 def _sweep(
-    x, direction, lead, offs_n, n_mask, offs_d, alpha, std, k, d,
+    x, x_ptrs, stride_xd, direction, lead, offs_n, n_mask, offs_d, alpha, std, k, d,
     means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
     log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
     LOG_DENSITY: tl.constexpr, SCORE: tl.constexpr, MEAN: tl.constexpr, TRACE: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -73,16 +102,16 @@ def _sweep(
     mean = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)  # of the components seen so far
     spread = tl.zeros((BLOCK_N,), DTYPE)  # sum of p |m - mean|^2
     pull = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)  # sum of p (m - mean) ((m - mean) . direction)
-    lead_ptrs = means_ptr + lead[:, None] * stride_mk + offs_d[None, :] * stride_md
-    lead_m = tl.load(lead_ptrs, mask=(offs_d < d)[None, :], other=0.0).to(DTYPE)
-    lead_w = tl.load(log_weights_ptr + lead * stride_w).to(DTYPE)
+    lead_a = lead  # of an earlier sweep, if there was one
+    lead_m = tl.load(
+        means_ptr + lead[:, None] * stride_mk + offs_d[None, :] * stride_md, mask=(offs_d < d)[None, :], other=0.0
+    ).to(DTYPE)
     for start in range(0, k, BLOCK_K):
-        m, log_w, offs_k = _tile(
-            start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
-        )
-        logits, away = row_logits(
-            x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE
-        )
+        offs_k, m, logits, away = _tile(
+            start, k, x, x_ptrs, stride_xd, n_mask, lead_a, lead_m, alpha, std, offs_d, d,
+            means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
+            REFINE, DTYPE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE,
+        )  # fmt: skip
         top, place = tl.max(logits, axis=1, return_indices=True)
         lead = tl.where(top > m_i, start + place.to(tl.int64), lead)
         m_new = tl.maximum(m_i, top)
@@ -91,9 +120,9 @@ def _sweep(
         old = tl.exp(m_i - shift)
         l_tile = tl.sum(p, axis=1)
         l_new = l_i * old + l_tile
-        if SCORE:
+        if SCORE and not REFINE:
             acc = acc * old[:, None] + tl.sum(p[:, :, None] * away, axis=1)
-        if MEAN or TRACE or PRODUCT:
+        if MEAN or TRACE or PRODUCT or (SCORE and REFINE):
             # The tile has a mean and spreads of its own; two groups are joined as in the parallel form of variance.
             if BLOCK_K == 1:
                 tile_mean = tl.broadcast_to(m, (BLOCK_N, BLOCK_D))
@@ -128,10 +157,15 @@ def _sweep(
     if LOG_DENSITY:
         value = (m_i + tl.log(l_i)).to(tl.float64) - d * (tl.log(std) + HALF_LOG_2_PI)
         if REFINE:
-            value += lead_w - tl.sum(squares(x, lead_m, alpha, std, BLOCK_N, BLOCK_D), axis=1)
+            lead_w = tl.load(log_weights_ptr + lead_a * stride_w).to(DTYPE)
+            away = difference(x, lead_m, alpha, BLOCK_N, BLOCK_D) / std[:, None]
+            value += lead_w - 0.5 * tl.sum(away * away, axis=1)
         tl.store(log_density_ptr + offs_n, value.to(log_density_ptr.dtype.element_ty), mask=n_mask)
     if SCORE:
-        value = -(acc / total[:, None]).to(tl.float64) / (std * std)[:, None]
+        if REFINE:  # far from every centre: the mean's own rounding is small beside the distance
+            value = -difference(x, mean + dead[:, None], alpha, BLOCK_N, BLOCK_D) / (std * std)[:, None]
+        else:
+            value = -(acc / total[:, None]).to(tl.float64) / (std * std)[:, None]
         tl.store(score_ptr + offs_nd, value.to(score_ptr.dtype.element_ty), mask=nd_mask)
     if MEAN:
         value = mean + dead[:, None]
@@ -145,12 +179,11 @@ def _sweep(
         tl.store(product_ptr + offs_nd, value.to(product_ptr.dtype.element_ty), mask=nd_mask)
     if WEIGHTS:
         for start in range(0, k, BLOCK_K):
-            m, log_w, offs_k = _tile(
-                start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
-            )
-            logits, away = row_logits(
-                x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE
-            )
+            offs_k, m, logits, away = _tile(
+                start, k, x, x_ptrs, stride_xd, n_mask, lead_a, lead_m, alpha, std, offs_d, d,
+                means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
+                REFINE, DTYPE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE,
+            )  # fmt: skip
             gamma = tl.exp(logits - m_i[:, None]) / total[:, None]
             offs_nk = offs_n[:, None] * k + offs_k[None, :]
             nk_mask = n_mask[:, None] & (offs_k < k)[None, :]
@@ -179,7 +212,8 @@ def differences_kernel(
         if tl.max(n_mask.to(tl.int32), axis=0) == 0:
             return
     nd_mask = n_mask[:, None] & (offs_d < d)[None, :]
-    x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=nd_mask, other=0.0)
+    x_ptrs = x_ptr + offs_n[:, None] * stride_xn
+    x = tl.load(x_ptrs + offs_d[None, :] * stride_xd, mask=nd_mask, other=0.0)
     direction = x
     if PRODUCT:
         v_ptrs = direction_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd
@@ -187,7 +221,7 @@ def differences_kernel(
     alpha = tl.load(alpha_ptr + offs_n * stride_a, mask=n_mask, other=0.0)
     std = tl.load(std_ptr + offs_n * stride_s, mask=n_mask, other=1.0)
     lead, near = _sweep(
-        x, direction, tl.zeros((BLOCK_N,), tl.int64), offs_n, n_mask, offs_d, alpha, std, k, d,
+        x, x_ptrs, stride_xd, direction, tl.zeros((BLOCK_N,), tl.int64), offs_n, n_mask, offs_d, alpha, std, k, d,
         means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
         log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
         LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, False, x.dtype, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE,
@@ -195,7 +229,7 @@ def differences_kernel(
     far = n_mask & (near == 0)
     if tl.max(far.to(tl.int32), axis=0) > 0:
         _sweep(
-            x, direction, lead, offs_n, far, offs_d, alpha, std, k, d,
+            x, x_ptrs, stride_xd, direction, lead, offs_n, far, offs_d, alpha, std, k, d,
             means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
             log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
             LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, True, tl.float64,
@@ -239,16 +273,8 @@ def differences(
     return out
 
 
-def allocate(x: Tensor, k: int, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Fresh contiguous outputs, by name, for x (n, d) and k components."""
-    n, d = x.shape
-    shapes = dict(zip(OUTPUTS, ((n,), (n, d), (n, d), (n,), (n, k), (n, d)), strict=True))
-    return {name: torch.empty(shapes[name], dtype=x.dtype, device=x.device) for name in outputs}
-
-
 def variants() -> list[Variant]:
     """Every configuration that is shipped: rows of the table, each output, and flagged rows where those occur."""
-    flags = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")
     found = []
     for row in rows("posterior"):
         if row["gpu"] == "":
@@ -258,7 +284,7 @@ def variants() -> list[Variant]:
         types |= {"alpha_ptr": "*fp64", "std_ptr": "*fp64", "flags_ptr": "*i8"}
         flagged = (False, True) if row["dtype"] == "float32" and 32 < row["most_d"] <= 256 else (False,)
         for marked, (i, output) in itertools.product(flagged, enumerate(OUTPUTS)):
-            constants: dict[str, Any] = {name: i == j for j, name in enumerate(flags)} | row["blocks"]
+            constants: dict[str, Any] = {name: i == j for j, name in enumerate(FLAGS)} | row["blocks"]
             constants |= {"FLAGGED": marked, "LOG_D": row["blocks"]["BLOCK_D"].bit_length() - 1, "EMULATE": False}
             name = f"differences {row['gpu']} {row['dtype']} d<={row['most_d']} {output}" + " flagged" * marked
             kinds = {name: value for name, value in types.items() if name not in constants}

@@ -13,6 +13,8 @@ been rounded to 8 bits (EMULATE).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -103,3 +105,23 @@ def pieces(
         made, sizes, n, rows, d, emulate, block_n, block_d, num_warps=4,
     )  # fmt: skip
     return made, sizes
+
+
+class Components:
+    """What a call needs of a mixture: pieces of the centred means, log-weights in base 2, and bounds; padded."""
+
+    def __init__(self, means: Tensor, log_weights: Tensor, block_k: int, block_d: int) -> None:
+        k, self.block_d = means.shape[0], block_d
+        self.means, self.raw_log_weights = means, log_weights
+        self.rows = triton.cdiv(k, block_k) * block_k
+        self.center = means.mean(0, dtype=torch.float64).to(means.dtype)  # (d,)
+        one = torch.ones((), dtype=torch.float64, device=means.device)
+        self.pieces, sizes = pieces(means, self.center, one, one, rows=self.rows, block_d=self.block_d)
+        self.half = sizes[3]
+        below = log_weights - log_weights.max()
+        self.log_weights = torch.full((self.rows,), -math.inf, dtype=torch.float32, device=means.device)
+        self.log_weights[:k] = below * math.log2(math.e)
+        span = torch.where(below == -math.inf, 0.0, -below).max()
+        self.limits = torch.cat(
+            [sizes[:3].amax(1), span[None]]
+        )  # largest |m - c|, its 4-norm, |m|; span of log-weights

@@ -30,9 +30,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .differences import OUTPUTS as OUTPUTS
-from .differences import allocate, differences
+from .differences import differences
 from .differences import variants as variants
+from .outputs import OUTPUTS as OUTPUTS
+from .outputs import allocate
 from .products import products
 
 Path = Literal["differences", "products", "two_pass"]

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from .finish import finish_kernel
 from .launch import Launch, Variant, gpu_name, launch, rows
-from .pieces import pieces, pieces_kernel, product, three_pieces
+from .outputs import FLAGS
+from .pieces import Components, pieces, pieces_kernel, product, three_pieces
 
 SLICE = 1 << 28  # bytes of workspace for the rows that are worked on at a time
 PROGRAMS = 512  # wanted at least, by splitting the components
-FLAGS = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT")  # of finish_kernel
 
 MINUS_INF = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -175,7 +175,7 @@ def products(
     n, d = x.shape
     chosen = launch("products", x.dtype, d, gpu_name(x.device))
     flags = x.new_empty(n, dtype=torch.int8)
-    components = _Components(means, log_weights, chosen)
+    components = Components(means, log_weights, chosen.blocks["BLOCK_K"], chosen.blocks["BLOCK_D"])
     most = max(1, SLICE // (24 * components.block_d + 64))
     for first in range(0, n, most):
         part = slice(first, first + most)
@@ -187,28 +187,8 @@ def products(
     return flags
 
 
-class _Components:
-    """What a call needs of a mixture: pieces of the centred means, and bounds; made once per call."""
-
-    def __init__(self, means: Tensor, log_weights: Tensor, chosen: Launch) -> None:
-        k, self.block_d = means.shape[0], chosen.blocks["BLOCK_D"]
-        self.means, self.raw_log_weights = means, log_weights
-        self.rows = triton.cdiv(k, chosen.blocks["BLOCK_K"]) * chosen.blocks["BLOCK_K"]
-        self.center = means.mean(0, dtype=torch.float64).to(means.dtype)  # (d,)
-        one = torch.ones((), dtype=torch.float64, device=means.device)
-        self.pieces, sizes = pieces(means, self.center, one, one, rows=self.rows, block_d=self.block_d)
-        self.half = sizes[3]
-        below = log_weights - log_weights.max()
-        self.log_weights = torch.full((self.rows,), -math.inf, dtype=torch.float32, device=means.device)
-        self.log_weights[:k] = below * math.log2(math.e)
-        span = torch.where(below == -math.inf, 0.0, -below).max()
-        self.limits = torch.cat(
-            [sizes[:3].amax(1), span[None]]
-        )  # largest |m - c|, its 4-norm, |m|; span of log-weights
-
-
 def _slice(
-    x: Tensor, c: _Components, alpha: Tensor, std: Tensor, *,
+    x: Tensor, c: Components, alpha: Tensor, std: Tensor, *,
     outputs: dict[str, Tensor], direction: Tensor | None, terms: int, chosen: Launch, flags: Tensor,
 ) -> None:  # fmt: skip
     """The launches for some rows."""
@@ -238,7 +218,7 @@ def _slice(
         products_kernel[tiles](
             y, sizes[4], v_pieces, c.pieces, c.half, c.log_weights,
             pull_top, spare[0], torch.empty_like(lead), spare[1], spare[2], acc[1],
-            rows, c.rows, share, window, True, True, terms, emulate, **block, **options,
+            rows, c.rows, share, window, True, True, terms, emulate, **half_as_wide(block), **options,
         )  # fmt: skip
     names = ("log_density", "score", "posterior_mean", "covariance_trace", "hessian_vector_product")
     softmax = torch.empty((2, rows), dtype=torch.float32, device=x.device)
@@ -256,6 +236,11 @@ def _slice(
             y, sizes[4], c.pieces, c.half, c.log_weights, softmax, outputs["posterior_weights"], n, k, rows, c.rows,
             terms, **block, **options,
         )  # fmt: skip
+
+
+def half_as_wide(blocks: Mapping[str, int]) -> dict[str, int]:
+    """Tiles for products with directions, which need registers for two products of logits' size."""
+    return {**blocks, "BLOCK_K": blocks["BLOCK_K"] // 2}
 
 
 def split(tiles: int, components: int, block_k: int) -> tuple[int, int]:
@@ -291,7 +276,8 @@ def variants() -> list[Variant]:
             for use in ((False, False), (True, False), (True, True)):
                 flags = dict(zip(("MEANS", "ALONG", "EMULATE"), (*use, False), strict=True))
                 name = f"products {title} bf16x{terms} {('sums', 'means', 'along')[sum(use)]}"
-                add(name, products_kernel, flags | constants, chosen, bf16=["y_ptr", "v_ptr", "m_ptr"])
+                blocks = half_as_wide(row["blocks"]) if use[1] else row["blocks"]
+                add(name, products_kernel, flags | constants | blocks, chosen, bf16=["y_ptr", "v_ptr", "m_ptr"])
             add(f"weights {title} bf16x{terms}", weights_kernel, constants, chosen, bf16=["y_ptr", "m_ptr"])
             for flag in FLAGS:
                 one = {name: name == flag for name in FLAGS} | {"TERMS": terms} | small

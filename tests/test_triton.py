@@ -97,6 +97,25 @@ def test_low_noise_keeps_the_contract(dtype: torch.dtype, alpha: float) -> None:
             assert share <= 1, (op, k, d, std, offset)
 
 
+def test_many_coordinates_are_taken_in_chunks() -> None:
+    """Half-way between means at low noise, in more coordinates than are read at a time: sums run over all chunks."""
+    generator = torch.Generator().manual_seed(4)
+    means = torch.randn(3, 1100, generator=generator).double()
+    x = (means[[0, 1, 2]] + means[[1, 2, 0]]) / 2
+    arguments = {
+        "x": x.float().to(DEVICE),
+        "v": torch.randn(3, 1100, generator=generator).to(DEVICE),
+        "means": means.float().to(DEVICE),
+        "log_weights": torch.full((3,), -math.log(3), device=DEVICE),
+        "alpha": torch.tensor(1.0, dtype=torch.float64, device=DEVICE),
+        "std": torch.tensor(1e-3, dtype=torch.float64, device=DEVICE),
+    }
+    for op in ("posterior_weights", "score", "log_density", "hessian_vector_product"):
+        exact = plain(op, arguments)
+        off = error(call(_triton, op, arguments), exact, exact.reshape(3, -1).norm(dim=1))
+        assert off <= 4 * torch.finfo(torch.float32).eps, op
+
+
 def test_a_collapsed_posterior_has_no_spread() -> None:
     arguments = problem(40, 11, 5, torch.float32, per_row=False)
     arguments |= {"std": torch.tensor(1e-4, dtype=torch.float64, device=DEVICE)}
