@@ -42,8 +42,10 @@ Precision = Literal["bf16x3", "bf16x6"]
 
 def path(n: int, k: int, d: int, dtype: torch.dtype) -> Path:
     """How the logits of n points and k components in dimension d are formed."""
-    few = k < 64 or k * d > 1 << 25  # less than a tile or two, or pieces of the means beyond 256 MiB or so
-    return "products" if dtype == torch.float32 and 32 < d <= 256 and n > 0 and not few else "differences"
+    if dtype != torch.float32 or not 32 < d <= 256 or n == 0 or k < 64:  # few components are less than a tile or two
+        return "differences"
+    pieces = 6 * k << (d - 1).bit_length()  # bytes
+    return "products" if pieces <= 1 << 28 else "differences"
 
 
 def posterior(

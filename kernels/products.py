@@ -10,7 +10,7 @@ how many depends on n, k and d alone), and the join of the groups (kernels/finis
 the Hessian-vector product two. A row gives the same bits whatever the other rows are, for equal n, k and outputs.
 
 Rows whose logits may be off by more than the contract are marked in `flags`: the caller does those by differences.
-Workspace: 6 bytes per padded element of the means, which path() in kernels/posterior.py bounds, and 256 MiB for rows.
+Workspace: at most 512 MiB, half of it for pieces of the means (path() in kernels/posterior.py), half for rows (SLICE).
 """
 
 from __future__ import annotations
