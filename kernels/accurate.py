@@ -1,4 +1,4 @@
-"""Error-free transformations: pieces of arithmetic whose rounding error is computed too, for float64 operands.
+"""Error-free transformations, arithmetic whose rounding error is computed too, for float64 operands; logits made of it.
 
 Written without fused multiply-add, so that the interpreter, which has none, gives the same digits as a GPU; a compiler
 that fuses some of the products changes nothing but the last bit of the error term.
@@ -35,11 +35,53 @@ def two_product(a, b):
 
 
 @triton.jit
-def sum_pairs(high, low, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr):
-    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, as accurate as twice the precision."""
-    for i in tl.static_range(LOG_D):
-        h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
-        l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
-        high, error = two_sum(h0, h1)
-        low = (l0 + l1) + error
-    return tl.reshape(high + low, (BLOCK_N, BLOCK_K))
+def _add_pairs(a_high, a_low, b_high, b_low):
+    high, error = two_sum(a_high, b_high)
+    return high, (a_low + b_low) + error
+
+
+@triton.jit
+def sum_pairs(
+    high, low,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum over the last axis of (BLOCK_N, BLOCK_K, BLOCK_D) numbers high + low, again as high + low.
+
+    The interpreter runs custom reductions element by element: it adds halves instead (EMULATE), which compiled would
+    take a change of layout, and registers, at every step.
+    """
+    if EMULATE:
+        for i in tl.static_range(LOG_D):
+            h0, h1 = tl.split(tl.reshape(high, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+            l0, l1 = tl.split(tl.reshape(low, (BLOCK_N, BLOCK_K, BLOCK_D >> (i + 1), 2)))
+            high, low = _add_pairs(h0, l0, h1, l1)
+        return tl.reshape(high, (BLOCK_N, BLOCK_K)), tl.reshape(low, (BLOCK_N, BLOCK_K))
+    return tl.reduce((high, low), 2, _add_pairs)
+
+
+@triton.jit
+def farther(
+    x, m, lead_m, alpha,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """|x - alpha m|^2 - |x - alpha m_a|^2 over alpha, (n, k), as high + low.
+
+    It is the sum of (m_a - m) (2x - alpha (m_a + m)). x, lead_m (BLOCK_N, BLOCK_D), m (BLOCK_K, BLOCK_D) and alpha
+    (BLOCK_N,) are float64.
+    """
+    scale = tl.broadcast_to(alpha[:, None, None], (BLOCK_N, BLOCK_K, BLOCK_D))
+    gap, gap_error = two_sum(lead_m[:, None, :], -m[None, :, :])
+    pair, pair_error = two_sum(lead_m[:, None, :], m[None, :, :])
+    product, product_error = two_product(scale, pair)
+    middle, middle_error = two_sum(2 * x[:, None, :], -product)
+    middle_error = middle_error - product_error - scale * pair_error
+    high, low = two_product(gap, middle)
+    low = low + gap * middle_error + gap_error * middle
+    return sum_pairs(high, low, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D, EMULATE)
+
+
+@triton.jit
+def difference(x, m, alpha, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x - alpha m, (BLOCK_N, BLOCK_D), float64; the product is not rounded."""
+    product, error = two_product(tl.broadcast_to(alpha[:, None], (BLOCK_N, BLOCK_D)), m)
+    return (x - product) - error

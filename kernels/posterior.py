@@ -6,263 +6,76 @@
     log_weights  (k,)        normalised, -inf = the component does not exist
     alpha, std   () or (n,)  float64
 
-Outputs, any subset in one launch: log_density (n,), score (n, d), posterior_mean (n, d), covariance_trace (n,),
-posterior_weights (n, k; a second sweep), hessian_vector_product (n, d). Nothing else is allocated.
+Outputs: log_density (n,), score (n, d), posterior_mean (n, d), covariance_trace (n,), posterior_weights (n, k; a second
+sweep), hessian_vector_product (n, d). path() chooses how logits are formed:
 
-Two ways to form a logit, chosen row by row from q = |x - alpha m|^2 / 2 std^2 of the leading component:
-  * q <= d/2 + 4 sqrt(d) + 8 (a point drawn from the mixture, at any noise): differences in the dtype of x,
-    |error of a logit| <= (log2 d + 6) u q with u the unit roundoff;
-  * farther out, above all between components at low noise, where logits reach 1e18 and only their differences count:
-    logits relative to the leading component in twice float64's precision, as products
-    alpha (m_a - m_k) . (2x - alpha (m_a + m_k)) / 2 std^2, |error| <= 1e-15 (1 + |relative logit|).
-Sums are kept as means and spreads around means, so that a collapsed posterior has covariance exactly zero.
+  * "differences" (kernels/differences.py): x - alpha m itself; nothing but the outputs is allocated.
+  * "products" (kernels/products.py), float32 and 32 < d <= 256: centred products on tensor cores, with a bound on every
+    row's error; the rows that exceed it are done once more by differences, without asking the host. `precision` says
+    how exact products are: "bf16x6" like float32, "bf16x3" faster. It follows torch.get_float32_matmul_precision():
+    "highest", torch's default, is bf16x6, "high" and "medium" are bf16x3.
 
-Range: 1e-8 <= std; |x| and |alpha m| below 1e15 in float32, 1e150 in float64. Max error, norm-wise and relative:
-max(1e-10, 64 eps (1 + |alpha m| / std)), see tests/test_triton.py. A non-finite row of x gives a non-finite row of
-outputs, and no row depends on its neighbours.
+Range: 1e-8 <= std; |x| and |alpha m| below 1e15 in float32, 1e150 in float64. Max error, norm-wise and relative to
+what csrc/posterior.hpp names: max(1e-10, 64 eps (1 + |alpha m| / std)), see tests/test_triton.py; with bf16x3
+1024 eps (1 + |alpha m| / std), where about 1e-5 is typical. The bound that products rest on is probabilistic
+(kernels/finish.py). A non-finite row of x gives a non-finite row of outputs, and no row depends on its neighbours.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .accurate import sum_pairs, two_product, two_sum
+from .differences import differences
+from .differences import variants as variants
+from .outputs import OUTPUTS as OUTPUTS
+from .outputs import allocate
+from .products import products
 
-OUTPUTS = (
-    "log_density",
-    "score",
-    "posterior_mean",
-    "covariance_trace",
-    "posterior_weights",
-    "hessian_vector_product",
-)
-HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
-MINUS_INF = tl.constexpr(float("-inf"))
+Path = Literal["differences", "products", "two_pass"]
+Precision = Literal["bf16x3", "bf16x6"]
 
 
-@triton.jit
-def _logits(
-    x, m, log_w, lead_m, lead_w, alpha, std,
-    REFINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile of means (n, k), relative to the leading component when REFINE, and x - alpha m (n, k, d)."""
-    x = x[:, None, :]
-    m = m[None, :, :]
-    if REFINE:
-        scale = tl.broadcast_to(alpha[:, None, None], (BLOCK_N, BLOCK_K, BLOCK_D))
-        product, product_error = two_product(scale, m)
-        away = (x - product) - product_error
-        gap, gap_error = two_sum(lead_m[:, None, :], -m)
-        pair, pair_error = two_sum(lead_m[:, None, :], m)
-        product, product_error = two_product(scale, pair)
-        middle, middle_error = two_sum(2 * x, -product)
-        middle_error = middle_error - product_error - scale * pair_error
-        high, low = two_product(gap, middle)
-        low = low + gap * middle_error + gap_error * middle
-        farther = sum_pairs(high, low, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D) / std[:, None]
-        logits = (log_w[None, :] - lead_w[:, None]) - farther * (0.5 * alpha / std)[:, None]
-    else:
-        near = alpha.to(x.dtype)
-        rest = (alpha - near).to(x.dtype)
-        away = tl.fma(-rest[:, None, None], m, tl.fma(-near[:, None, None], m, x))
-        logits = log_w[None, :] - tl.sum(away * away, axis=2) * (0.5 / (std * std)).to(x.dtype)[:, None]
-    return logits, away
-
-
-@triton.jit
-def _tile(
-    start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Means (k, d), log-weights (k,) and numbers of the components from `start` on; log-weight -inf past the last."""
-    offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-    there = offs_k < k
-    m_ptrs = means_ptr + offs_k[:, None] * stride_mk + offs_d[None, :] * stride_md
-    m = tl.load(m_ptrs, mask=there[:, None] & (offs_d < d)[None, :], other=0.0)
-    log_w = tl.load(log_weights_ptr + offs_k * stride_w, mask=there, other=MINUS_INF)
-    return m.to(DTYPE), log_w.to(DTYPE), offs_k
-
-
-@triton.jit
-def _sweep(
-    x, direction, lead, offs_n, n_mask, offs_d, alpha, std, k, d,
-    means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
-    log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
-    LOG_DENSITY: tl.constexpr, SCORE: tl.constexpr, MEAN: tl.constexpr, TRACE: tl.constexpr, WEIGHTS: tl.constexpr,
-    PRODUCT: tl.constexpr, REFINE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr,
-):  # fmt: skip
-    """Stream over all components and store the rows in n_mask; without REFINE, those of them that are not far out.
-
-    Returns the leading component of every row, and which rows are too far out for plain differences.
-    """
-    x = x.to(DTYPE)
-    direction = direction.to(DTYPE)
-    m_i = tl.full((BLOCK_N,), MINUS_INF, DTYPE)
-    l_i = tl.zeros((BLOCK_N,), DTYPE)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)  # sum of p (x - alpha m)
-    mean = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)  # of the components seen so far
-    spread = tl.zeros((BLOCK_N,), DTYPE)  # sum of p |m - mean|^2
-    pull = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)  # sum of p (m - mean) ((m - mean) . direction)
-    lead_ptrs = means_ptr + lead[:, None] * stride_mk + offs_d[None, :] * stride_md
-    lead_m = tl.load(lead_ptrs, mask=(offs_d < d)[None, :], other=0.0).to(DTYPE)
-    lead_w = tl.load(log_weights_ptr + lead * stride_w).to(DTYPE)
-    for start in range(0, k, BLOCK_K):
-        m, log_w, offs_k = _tile(
-            start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
-        )
-        logits, away = _logits(x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D)
-        top, place = tl.max(logits, axis=1, return_indices=True)
-        lead = tl.where(top > m_i, start + place.to(tl.int64), lead)
-        m_new = tl.maximum(m_i, top)
-        shift = tl.where(m_new == MINUS_INF, 0.0, m_new)  # nothing seen yet: exp(-inf - 0) = 0
-        p = tl.exp(logits - shift[:, None])
-        old = tl.exp(m_i - shift)
-        l_tile = tl.sum(p, axis=1)
-        l_new = l_i * old + l_tile
-        if SCORE:
-            acc = acc * old[:, None] + tl.sum(p[:, :, None] * away, axis=1)
-        if MEAN or TRACE or PRODUCT:
-            # The tile has a mean and spreads of its own; two groups are joined as in the parallel form of variance.
-            tile_mean = tl.sum(p[:, :, None] * m[None, :, :], axis=1) / tl.where(l_tile > 0, l_tile, 1.0)[:, None]
-            around = m[None, :, :] - tile_mean[:, None, :]
-            share = l_tile / tl.where(l_new > 0, l_new, 1.0)
-            between = tile_mean - mean
-            joint = l_i * old * share
-            if TRACE:
-                spread = spread * old + tl.sum(p * tl.sum(around * around, axis=2), axis=1)
-                spread += joint * tl.sum(between * between, axis=1)
-            if PRODUCT:
-                along = p * tl.sum(around * direction[:, None, :], axis=2)
-                pull = pull * old[:, None] + tl.sum(along[:, :, None] * around, axis=1)
-                pull += (joint * tl.sum(between * direction, axis=1))[:, None] * between
-            mean = mean * (1 - share)[:, None] + tile_mean * share[:, None]
-        l_i = l_new
-        m_i = m_new
-    top_w = tl.load(log_weights_ptr + lead * stride_w).to(DTYPE)
-    near = top_w - m_i <= 0.5 * d + 4 * tl.sqrt(d.to(tl.float32)) + 8  # false for NaN
-    if not REFINE:
-        n_mask = n_mask & near
-    nd_mask = n_mask[:, None] & (offs_d < d)[None, :]
-    offs_nd = offs_n[:, None] * d + offs_d[None, :]
-    dead = tl.where(l_i > 0, 0.0, float("nan")).to(DTYPE)  # of rows with no finite logit
-    total = l_i + dead
-    if LOG_DENSITY:
-        value = (m_i + tl.log(l_i)).to(tl.float64) - d * (tl.log(std) + HALF_LOG_2_PI)
-        if REFINE:
-            value += lead_w - tl.sum(_squares(x, lead_m, alpha, std, BLOCK_N, BLOCK_D), axis=1)
-        tl.store(log_density_ptr + offs_n, value.to(log_density_ptr.dtype.element_ty), mask=n_mask)
-    if SCORE:
-        value = -(acc / total[:, None]).to(tl.float64) / (std * std)[:, None]
-        tl.store(score_ptr + offs_nd, value.to(score_ptr.dtype.element_ty), mask=nd_mask)
-    if MEAN:
-        value = mean + dead[:, None]
-        tl.store(mean_ptr + offs_nd, value.to(mean_ptr.dtype.element_ty), mask=nd_mask)
-    if TRACE:
-        tl.store(trace_ptr + offs_n, (spread / total).to(trace_ptr.dtype.element_ty), mask=n_mask)
-    if PRODUCT:
-        gain = alpha / (std * std)
-        value = (pull / total[:, None]).to(tl.float64) * (gain * gain)[:, None]
-        value -= direction.to(tl.float64) / (std * std)[:, None]
-        tl.store(product_ptr + offs_nd, value.to(product_ptr.dtype.element_ty), mask=nd_mask)
-    if WEIGHTS:
-        for start in range(0, k, BLOCK_K):
-            m, log_w, offs_k = _tile(
-                start, k, offs_d, d, means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, BLOCK_K, DTYPE
-            )
-            logits, away = _logits(x, m, log_w, lead_m, lead_w, alpha, std, REFINE, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D)
-            gamma = tl.exp(logits - m_i[:, None]) / total[:, None]
-            offs_nk = offs_n[:, None] * k + offs_k[None, :]
-            nk_mask = n_mask[:, None] & (offs_k < k)[None, :]
-            tl.store(weights_ptr + offs_nk, gamma.to(weights_ptr.dtype.element_ty), mask=nk_mask)
-    return lead, near
-
-
-@triton.jit
-def _squares(x, lead_m, alpha, std, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """|x - alpha m|^2 / 2 std^2 of the leading component, coordinate by coordinate (n, d)."""
-    product, product_error = two_product(tl.broadcast_to(alpha[:, None], (BLOCK_N, BLOCK_D)), lead_m)
-    away = ((x - product) - product_error) / std[:, None]
-    return 0.5 * away * away
-
-
-@triton.jit(do_not_specialize=["n", "k", "d"])
-def posterior_kernel(
-    x_ptr, stride_xn, stride_xd, direction_ptr, stride_vn, stride_vd,
-    means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w, alpha_ptr, stride_a, std_ptr, stride_s,
-    log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr, n, k, d,
-    LOG_DENSITY: tl.constexpr, SCORE: tl.constexpr, MEAN: tl.constexpr, TRACE: tl.constexpr, WEIGHTS: tl.constexpr,
-    PRODUCT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, LOG_D: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N rows of x against all components, and once more for those rows that need it."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    n_mask = offs_n < n
-    nd_mask = n_mask[:, None] & (offs_d < d)[None, :]
-    x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=nd_mask, other=0.0)
-    direction = x
-    if PRODUCT:
-        v_ptrs = direction_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd
-        direction = tl.load(v_ptrs, mask=nd_mask, other=0.0)
-    alpha = tl.load(alpha_ptr + offs_n * stride_a, mask=n_mask, other=0.0)
-    std = tl.load(std_ptr + offs_n * stride_s, mask=n_mask, other=1.0)
-    lead, near = _sweep(
-        x, direction, tl.zeros((BLOCK_N,), tl.int64), offs_n, n_mask, offs_d, alpha, std, k, d,
-        means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
-        log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
-        LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, False, x.dtype, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D,
-    )  # fmt: skip
-    far = n_mask & (near == 0)
-    if tl.max(far.to(tl.int32), axis=0) > 0:
-        _sweep(
-            x, direction, lead, offs_n, far, offs_d, alpha, std, k, d,
-            means_ptr, stride_mk, stride_md, log_weights_ptr, stride_w,
-            log_density_ptr, score_ptr, mean_ptr, trace_ptr, weights_ptr, product_ptr,
-            LOG_DENSITY, SCORE, MEAN, TRACE, WEIGHTS, PRODUCT, True, tl.float64, BLOCK_N, BLOCK_K, BLOCK_D, LOG_D,
-        )  # fmt: skip
+def path(n: int, k: int, d: int, dtype: torch.dtype) -> Path:
+    """How the logits of n points and k components in dimension d are formed."""
+    if dtype != torch.float32 or not 32 < d <= 256 or n == 0 or k < 64:  # few components are less than a tile or two
+        return "differences"
+    pieces = 6 * k << (d - 1).bit_length()  # bytes
+    return "products" if pieces <= 1 << 28 else "differences"
 
 
 def posterior(
     x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor, *,
-    outputs: Sequence[str], direction: Tensor | None = None,
+    outputs: Sequence[str], direction: Tensor | None = None, precision: Precision | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Run the pass once and return the outputs asked for, by name, freshly allocated and contiguous.
+    """Return the outputs asked for, by name, freshly allocated and contiguous.
 
     Args:
         x: (n, d). means: (k, d). log_weights: (k,). alpha, std: () or (n,), float64. Contract above.
         outputs: names out of OUTPUTS.
         direction: (n, d), required by "hessian_vector_product".
+        precision: of products; None = what torch is set to.
     """
     (n, d), k = x.shape, means.shape[0]
-    shapes = dict(zip(OUTPUTS, ((n,), (n, d), (n, d), (n,), (n, k), (n, d)), strict=True))
-    out = {name: torch.empty(shapes[name], dtype=x.dtype, device=x.device) for name in outputs}
-    if n == 0:
-        return out
-    direction = x if direction is None else direction
-    flags = [name in out for name in OUTPUTS]
-    block_n, block_k, block_d, warps = blocks(d, interpreted=not x.is_cuda)
+    if path(n, k, d, x.dtype) == "differences":
+        return differences(x, means, log_weights, alpha, std, outputs=outputs, direction=direction)
+    terms = 6 if (precision or preferred_precision()) == "bf16x6" else 3
+    out = allocate(x, k, outputs)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        posterior_kernel[(triton.cdiv(n, block_n),)](
-            x, x.stride(0), x.stride(1), direction, direction.stride(0), direction.stride(1),
-            means, means.stride(0), means.stride(1), log_weights, log_weights.stride(0),
-            alpha, alpha.stride(0) if alpha.ndim else 0, std, std.stride(0) if std.ndim else 0,
-            *(out.get(name, x) for name in OUTPUTS), n, k, d, *flags,
-            block_n, block_k, block_d, block_d.bit_length() - 1, num_warps=warps,
-        )  # fmt: skip
-    return out
+        flags = products(x, means, log_weights, alpha, std, outputs=out, direction=direction, terms=terms)
+    return differences(
+        x, means, log_weights, alpha, std, outputs=outputs, direction=direction, into=out, flags=flags
+    )  # fmt: skip
 
 
-def blocks(d: int, *, interpreted: bool) -> tuple[int, int, int, int]:
-    """Rows, components and padded coordinates of one tile, and warps; few numbers per thread, unless interpreted."""
-    budget = 1 << (14 if interpreted else 9)
-    block_d = triton.next_power_of_2(d)
-    block_n = max(1, min(16, budget // block_d))
-    block_k = max(1, min(8, budget // (block_n * block_d)))
-    return block_n, block_k, block_d, max(4, min(16, block_n * block_k * block_d // 256))
+def preferred_precision() -> Precision:
+    """The precision of products that goes with torch's setting for float32 matrix products."""
+    try:
+        highest = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch's newer names, per backend
+        highest = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "bf16x6" if highest else "bf16x3"

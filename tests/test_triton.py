@@ -11,104 +11,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from pointwise import DEVICE, OPS, call, error, plain, poisoned, problem
 from tolerances import pointwise
-from torch import Tensor
 
 from flowfast import _triton, reference
 
-DEVICE = os.environ.get("FLOWFAST_TEST_DEVICE", "cpu")
-OPS = ("log_density", "score", "posterior_mean", "covariance_trace", "posterior_weights", "hessian_vector_product")
 DTYPES = (torch.float32, torch.float64)
 SIZES = ((1, 1, 1), (3, 2, 2), (16, 8, 1), (17, 9, 63), (15, 7, 64), (33, 20, 65), (2, 129, 3), (5, 3, 130))
 
 # The interpreter computes with NumPy, which warns where a GPU says inf or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-Arguments = dict[str, Tensor]  # of a body, in order; v is for the Hessian-vector product only
-
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill fresh memory with NaN, so that an element that no kernel writes is seen."""
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(*size, math.nan, **options))
+    monkeypatch.setattr(torch, "empty", poisoned)
     yield
-
-
-def _problem(n: int, k: int, d: int, dtype: torch.dtype, *, per_row: bool = True, seed: int = 0) -> Arguments:
-    """Points drawn from the mixtures that their rows see, with noise of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    means = ((2 * torch.rand(k, d, generator=generator) - 1) * 2).to(dtype)  # (k, d)
-    shape = (n,) if per_row else ()
-    alpha = 0.3 + 0.7 * torch.rand(shape, generator=generator, dtype=torch.float64)
-    std = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
-    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    chosen = means[torch.randint(k, (n,), generator=generator)].double()
-    return {
-        "x": (alpha.expand(n)[:, None] * chosen + std.expand(n)[:, None] * noise).to(dtype).to(DEVICE),
-        "v": torch.randn(n, d, generator=generator).to(dtype).to(DEVICE),
-        "means": means.to(DEVICE),
-        "log_weights": torch.randn(k, generator=generator).log_softmax(0).to(dtype).to(DEVICE),
-        "alpha": alpha.to(DEVICE),
-        "std": std.to(DEVICE),
-    }
-
-
-def _call(module: object, op: str, arguments: Arguments) -> Tensor:
-    rest = [value for name, value in arguments.items() if name != "v" or op == "hessian_vector_product"]
-    result: Tensor = getattr(module, op)(*rest)
-    return result
-
-
-def _plain(op: str, arguments: Arguments) -> Tensor:
-    """The textbook formula in float64, centres and all."""
-    x, v, m, log_w, alpha, std = (arguments[name].double() for name in arguments)
-    alpha, std = alpha.expand(len(x))[:, None], std.expand(len(x))[:, None]
-    away = x[:, None] - alpha[:, :, None] * m  # (n, k, d)
-    logits = log_w - away.square().sum(2) / (2 * std**2)
-    gamma = logits.softmax(1)
-    mean = gamma @ m
-    around = m - mean[:, None]  # (n, k, d)
-    if op == "log_density":
-        return logits.logsumexp(1) - x.shape[1] * (std[:, 0].log() + 0.5 * math.log(2 * math.pi))
-    if op == "score":
-        return -torch.einsum("nk,nkd->nd", gamma, away) / std**2
-    if op == "covariance_trace":
-        return (gamma * around.square().sum(2)).sum(1)
-    if op == "hessian_vector_product":
-        pull = torch.einsum("nk,nke,ne,nkd->nd", gamma, around, v, around)
-        return (alpha / std**2) ** 2 * pull - v / std**2
-    return {"posterior_mean": mean, "posterior_weights": gamma}[op]
-
-
-def _error(got: Tensor, exact: Tensor, scale: Tensor | float = 1.0) -> float:
-    difference = (got.double() - exact.double()).reshape(len(got), -1).norm(dim=1)
-    relative = torch.where(difference == 0, 0.0, difference / scale)
-    return float(relative.nan_to_num(nan=math.inf).max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_ugly_sizes_against_plain_formulas(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     for per_row in (True, False):
-        arguments = _problem(*size, dtype, per_row=per_row)
+        arguments = problem(*size, dtype, per_row=per_row)
         for op in OPS:
-            got, exact = _call(_triton, op, arguments), _plain(op, arguments)
+            got, exact = call(_triton, op, arguments), plain(op, arguments)
             assert got.dtype == dtype and got.shape == exact.shape and got.is_contiguous()
             steepness = (arguments["means"].norm(dim=1).max() / arguments["std"].min()).item()
             scale = exact.reshape(len(exact), -1).norm(dim=1) + 1
-            assert _error(got, exact, scale) <= 8 * torch.finfo(dtype).eps * (1 + steepness), (op, per_row)
+            assert error(got, exact, scale) <= 8 * torch.finfo(dtype).eps * (1 + steepness), (op, per_row)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_strided_inputs_equal_contiguous_ones(op: str) -> None:
-    arguments = _problem(9, 5, 6, torch.float32)
-    expected = _call(_triton, op, arguments)
+    arguments = problem(9, 5, 6, torch.float32)
+    expected = call(_triton, op, arguments)
     strided = {}
     for name, value in arguments.items():
         wide = torch.full((*(2 * size for size in value.shape),), math.nan, dtype=value.dtype, device=DEVICE)
         strided[name] = wide[tuple(slice(None, None, 2) for _ in value.shape)]
         strided[name].copy_(value)
-    assert torch.equal(_call(_triton, op, strided), expected)
+    assert torch.equal(call(_triton, op, strided), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,43 +82,62 @@ def test_low_noise_keeps_the_contract(dtype: torch.dtype, alpha: float) -> None:
         }
         allowed = pointwise(dtype, float(centres.norm(dim=1).max()), std)
         wide = {name: value.double() for name, value in arguments.items()}
-        gamma, trace = (_call(reference, op, wide) for op in ("posterior_weights", "covariance_trace"))
+        gamma, trace = (call(reference, op, wide) for op in ("posterior_weights", "covariance_trace"))
         away = (wide["x"][:, None] - alpha * wide["means"]).square().sum(2)  # (n, k)
         curvature = (1 / std**2 + alpha**2 * trace / std**4) * wide["v"].norm(dim=1)
         for op in ("log_density", "score", "posterior_weights", "hessian_vector_product"):
-            exact = _call(reference, op, wide)
+            exact = call(reference, op, wide)
             scale = {
                 "log_density": exact.abs() if exact.ndim == 1 else 1.0,
                 "score": ((gamma * away).sum(1) + unfused * std**2).sqrt() / std**2,
                 "posterior_weights": gamma.norm(dim=1),
                 "hessian_vector_product": curvature,
             }[op]
-            share = _error(_call(_triton, op, arguments), exact, scale) / allowed
+            share = error(call(_triton, op, arguments), exact, scale) / allowed
             assert share <= 1, (op, k, d, std, offset)
 
 
+def test_many_coordinates_are_taken_in_chunks() -> None:
+    """Half-way between means at low noise, in more coordinates than are read at a time: sums run over all chunks."""
+    generator = torch.Generator().manual_seed(4)
+    means = torch.randn(3, 1100, generator=generator).double()
+    x = (means[[0, 1, 2]] + means[[1, 2, 0]]) / 2
+    arguments = {
+        "x": x.float().to(DEVICE),
+        "v": torch.randn(3, 1100, generator=generator).to(DEVICE),
+        "means": means.float().to(DEVICE),
+        "log_weights": torch.full((3,), -math.log(3), device=DEVICE),
+        "alpha": torch.tensor(1.0, dtype=torch.float64, device=DEVICE),
+        "std": torch.tensor(1e-3, dtype=torch.float64, device=DEVICE),
+    }
+    for op in ("posterior_weights", "score", "log_density", "hessian_vector_product"):
+        exact = plain(op, arguments)
+        off = error(call(_triton, op, arguments), exact, exact.reshape(3, -1).norm(dim=1))
+        assert off <= 4 * torch.finfo(torch.float32).eps, op
+
+
 def test_a_collapsed_posterior_has_no_spread() -> None:
-    arguments = _problem(40, 11, 5, torch.float32, per_row=False)
+    arguments = problem(40, 11, 5, torch.float32, per_row=False)
     arguments |= {"std": torch.tensor(1e-4, dtype=torch.float64, device=DEVICE)}
     arguments["x"] = (arguments["alpha"] * arguments["means"].double()).float().repeat(4, 1)[:40]
-    assert torch.equal(_call(_triton, "covariance_trace", arguments), torch.zeros(40, device=DEVICE))
-    product = _call(_triton, "hessian_vector_product", arguments)
+    assert torch.equal(call(_triton, "covariance_trace", arguments), torch.zeros(40, device=DEVICE))
+    product = call(_triton, "hessian_vector_product", arguments)
     torch.testing.assert_close(product, -arguments["v"] * 1e8, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_do_not_see_each_other(op: str) -> None:
     """A row alone gives the same bits as among others, far rows (which take the second sweep) included."""
-    arguments = _problem(21, 10, 7, torch.float32)
+    arguments = problem(21, 10, 7, torch.float32)
     arguments["x"][::4] *= 30
     arguments["x"][5, 2], arguments["x"][6] = math.nan, math.inf
-    together = _call(_triton, op, arguments)
+    together = call(_triton, op, arguments)
     for row in (0, 1, 4, 7, 20):
         alone = {
             name: value[row : row + 1] if name in ("x", "v", "alpha", "std") else value
             for name, value in arguments.items()
         }
-        assert torch.equal(_call(_triton, op, alone)[0], together[row])
+        assert torch.equal(call(_triton, op, alone)[0], together[row])
     finite = together.reshape(21, -1).isfinite().all(1)
     assert finite.logical_not().nonzero()[:, 0].tolist() == [5, 6]
     assert not together[5:7].isfinite().any()
@@ -183,12 +145,12 @@ def test_rows_do_not_see_each_other(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_components_of_weight_zero_do_not_count(op: str) -> None:
-    arguments = _problem(6, 12, 3, torch.float64)
+    arguments = problem(6, 12, 3, torch.float64)
     keep = torch.tensor([2, 5, 6, 11], device=DEVICE)
     only = arguments | {"means": arguments["means"][keep], "log_weights": arguments["log_weights"][keep]}
     lightened = torch.full_like(arguments["log_weights"], -math.inf)
     lightened[keep] = arguments["log_weights"][keep]
-    got, exact = _call(_triton, op, arguments | {"log_weights": lightened}), _call(_triton, op, only)
+    got, exact = call(_triton, op, arguments | {"log_weights": lightened}), call(_triton, op, only)
     if op == "posterior_weights":
         assert float(got.sum(1).sub(1).abs().max()) < 1e-12
         got = got[:, keep]
@@ -197,8 +159,8 @@ def test_components_of_weight_zero_do_not_count(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows_give_no_rows(op: str) -> None:
-    arguments = _problem(0, 3, 2, torch.float32)
-    assert _call(_triton, op, arguments).shape == _plain(op, arguments).shape
+    arguments = problem(0, 3, 2, torch.float32)
+    assert call(_triton, op, arguments).shape == plain(op, arguments).shape
 
 
 def test_adapter_says_what_it_can() -> None:
@@ -215,21 +177,26 @@ def test_adapter_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILE = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from flowfast.kernels.posterior import blocks, posterior_kernel
+from flowfast.kernels import posterior, products
 
-CONSTANTS = ("LOG_DENSITY", "SCORE", "MEAN", "TRACE", "WEIGHTS", "PRODUCT", "BLOCK_N", "BLOCK_K", "BLOCK_D", "LOG_D")
-names = posterior_kernel.arg_names
-for dtype, d, capability in (("fp32", 16, 90), ("fp64", 3, 80)):
-    block_n, block_k, block_d, warps = blocks(d, interpreted=False)
-    values = dict(zip(CONSTANTS, [True] * 6 + [block_n, block_k, block_d, block_d.bit_length() - 1], strict=True))
-    kinds = {name: "i32" for name in names} | {name: "*" + dtype for name in names if name.endswith("_ptr")}
-    kinds |= {"alpha_ptr": "*fp64", "std_ptr": "*fp64"} | {name: "constexpr" for name in CONSTANTS}
-    source = ASTSource(posterior_kernel, kinds, {(names.index(name),): value for name, value in values.items()})
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    assert kernel.metadata.shared <= 163 * 1024 and kernel.asm["cubin"]
+wanted = "float32 d<=16 (score|posterior_mean)|float64 d<=4 hess"
+chosen = [v for v in posterior.variants() if re.search(wanted, v.name)]
+wanted = "(pieces|weights) .*d<=64( bf16x6)?$|products .*d<=64 bf16x6 means|finish .*d<=64 bf16x6 score"
+chosen += [v for v in products.variants() if re.search(wanted, v.name)]
+assert len(chosen) == 7, [v.name for v in chosen]
+for i, variant in enumerate(chosen):
+    names = variant.kernel.arg_names
+    kinds = {name: variant.types.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in variant.constants.items()}
+    options = {"num_warps": variant.launch.warps, "num_stages": variant.launch.stages}
+    target = GPUTarget("cuda", (80, 90, 100)[i % 3], 32)
+    kernel = triton.compile(ASTSource(variant.kernel, kinds, values), target=target, options=options)
+    assert kernel.metadata.shared <= 163 * 1024 and kernel.asm["cubin"], variant.name
+    assert ("mma.sync" in kernel.asm["ptx"]) == variant.products, variant.name
 """
 
 
