@@ -14,6 +14,8 @@ sweep), hessian_vector_product (n, d). path() chooses how logits are formed:
     row's error; the rows that exceed it are done once more by differences, without asking the host. `precision` says
     how exact products are: "bf16x6" like float32, "bf16x3" faster. It follows torch.get_float32_matmul_precision():
     "highest", torch's default, is bf16x6, "high" and "medium" are bf16x3.
+  * "two_pass" (kernels/two_pass.py), d > 256: matrix products of chunks, after a screen that often makes them needless.
+    The host waits once for the screen; a CUDA graph under capture has products for every row instead.
 
 Range: 1e-8 <= std; |x| and |alpha m| below 1e15 in float32, 1e150 in float64. Max error, norm-wise and relative to
 what csrc/posterior.hpp names: max(1e-10, 64 eps (1 + |alpha m| / std)), see tests/test_triton.py; with bf16x3
@@ -35,6 +37,7 @@ from .differences import variants as variants
 from .outputs import OUTPUTS as OUTPUTS
 from .outputs import allocate
 from .products import products
+from .two_pass import two_pass
 
 Path = Literal["differences", "products", "two_pass"]
 Precision = Literal["bf16x3", "bf16x6"]
@@ -42,7 +45,11 @@ Precision = Literal["bf16x3", "bf16x6"]
 
 def path(n: int, k: int, d: int, dtype: torch.dtype) -> Path:
     """How the logits of n points and k components in dimension d are formed."""
-    if dtype != torch.float32 or not 32 < d <= 256 or n == 0 or k < 64:  # few components are less than a tile or two
+    if n == 0 or k < 64:  # few components are less than a tile or two
+        return "differences"
+    if d > 256:
+        return "two_pass"
+    if dtype != torch.float32 or d <= 32:
         return "differences"
     pieces = 6 * k << (d - 1).bit_length()  # bytes
     return "products" if pieces <= 1 << 28 else "differences"
@@ -61,9 +68,15 @@ def posterior(
         precision: of products; None = what torch is set to.
     """
     (n, d), k = x.shape, means.shape[0]
-    if path(n, k, d, x.dtype) == "differences":
+    way, precision = path(n, k, d, x.dtype), precision or preferred_precision()
+    if way == "differences":
         return differences(x, means, log_weights, alpha, std, outputs=outputs, direction=direction)
-    terms = 6 if (precision or preferred_precision()) == "bf16x6" else 3
+    if way == "two_pass":
+        refine = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        return two_pass(
+            x, means, log_weights, alpha, std, outputs=outputs, direction=direction, precision=precision, refine=refine
+        )
+    terms = 6 if precision == "bf16x6" else 3
     out = allocate(x, k, outputs)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         flags = products(x, means, log_weights, alpha, std, outputs=out, direction=direction, terms=terms)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .chunks import finish_kernel, merge_kernel, softmax_kernel, split_kernel
+from .differences import differences
 from .launch import Launch
-from .posterior import OUTPUTS, posterior
+from .outputs import OUTPUTS
 from .screen import candidate_kernel, refine_kernel, screen_kernel
 from .workspace import LIST, Form, Plan, form, plan
 
@@ -181,10 +182,10 @@ def sweep_rows(job: Job, rows: Tensor, kind: Form) -> None:
 
 
 def difference_rows(job: Job, rows: Tensor) -> None:
-    """Outputs of `rows` (int64) from kernels/posterior.py, some rows at a time."""
+    """Outputs of `rows` (int64) from kernels/differences.py, some rows at a time."""
     widest = job.means.shape[0] if "posterior_weights" in job.out else 0
     for part in rows.split(max(1, (4 << 20) // max(job.x.shape[1], widest))):
-        found = posterior(
+        found = differences(
             job.x[part], job.means, job.log_weights, job.alpha[part], job.std[part],
             outputs=list(job.out), direction=job.direction[part],
         )  # fmt: skip

@@ -7,7 +7,7 @@ Arguments and outputs are those of kernels/posterior.py. A row takes the first o
   * products of `precision`, and P @ M after the softmax, if the error to expect of a logit is within half the contract
     and below 2^-15.
   * float64 products, by the same criterion (the first of the products when x is float64).
-  * differences: the refined sweep of kernels/posterior.py, slow at large d.
+  * differences: kernels/differences.py, slow at large d, which has to be at most 4,096.
 The screen's bound is rigorous. The error expected of products is a statistical one, three standard deviations of sums
 of TERMS terms rounded to nearest, from the largest logit of a component that matters.
 
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .chunks import finish_kernel, merge_kernel, softmax_kernel, split_kernel
 from .launch import Launch, Variant, gpu_name, launch, rows
-from .posterior import OUTPUTS
+from .outputs import allocate
 from .screen import candidate_kernel, refine_kernel, screen_kernel
 from .stages import Job, difference_rows, screen_rows, sweep_rows
 from .workspace import LIST, Form, form
@@ -62,8 +62,7 @@ def two_pass(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     (n, d), k = x.shape, means.shape[0]
-    shapes = dict(zip(OUTPUTS, ((n,), (n, d), (n, d), (n,), (n, k), (n, d)), strict=True))
-    out = {name: torch.empty(shapes[name], dtype=x.dtype, device=x.device) for name in outputs}
+    out = allocate(x, k, outputs)
     if n == 0:
         return out
     job = Job(

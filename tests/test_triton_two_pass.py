@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from flowfast import reference
 from flowfast.kernels import stages, workspace
-from flowfast.kernels.two_pass import OUTPUTS, two_pass, variants
+from flowfast.kernels.outputs import OUTPUTS
+from flowfast.kernels.two_pass import two_pass, variants
 
 DEVICE = os.environ.get("FLOWFAST_TEST_DEVICE", "cpu")
 SMALL = 1 << (17 if DEVICE == "cuda" else 18)  # bytes, for two chunks of the screen at k = 300
