@@ -63,7 +63,7 @@ def flow_fixed(
         ValueError: draw together with ends per row.
     """
     (n, d), k = x.shape, means.shape[0]
-    out, status = torch.empty((n, d), dtype=x.dtype, device=x.device), _counts(n, torch.int8, x)
+    out, status = _empty(x, (n, d), x.dtype), _empty(x, (n,), torch.int8)
     how = form(k, d, x.dtype)
     if how == "host":
         start = _starts(x, ends, draw)
@@ -94,8 +94,8 @@ def flow_adaptive(
         ValueError: draw together with ends per row.
     """
     (n, d), k = x.shape, means.shape[0]
-    out, status = torch.empty((n, d), dtype=x.dtype, device=x.device), _counts(n, torch.int8, x)
-    steps, evaluations = _counts(n, torch.int32, x), _counts(n, torch.int32, x)
+    out, status = _empty(x, (n, d), x.dtype), _empty(x, (n,), torch.int8)
+    steps, evaluations = _empty(x, (n,), torch.int32), _empty(x, (n,), torch.int32)
     how = form(k, d, x.dtype)
     radius = means.double().square().sum(1).max().sqrt()
     if how == "host":
@@ -115,8 +115,8 @@ def flow_adaptive(
     return out, status, steps, evaluations
 
 
-def _counts(n: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.zeros(n, dtype=dtype, device=like.device)
+def _empty(like: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=like.device)
 
 
 def _starts(x: Tensor, ends: Tensor, draw: Draw | None) -> Tensor:

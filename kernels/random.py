@@ -38,9 +38,8 @@ def unit_circle(word, DTYPE: tl.constexpr):
     sine = tl.full(word.shape, 1.0, DTYPE)
     TERMS: tl.constexpr = 9 if DTYPE == tl.float64 else 5
     for i in tl.static_range(TERMS):
-        n: tl.constexpr = 2 * (TERMS - i)
-        cosine = 1.0 - square * cosine * (1.0 / (n * (n - 1)))
-        sine = 1.0 - square * sine * (1.0 / (n * (n + 1)))
+        cosine = 1.0 - square * cosine * (1.0 / (2 * (TERMS - i) * (2 * (TERMS - i) - 1)))
+        sine = 1.0 - square * sine * (1.0 / (2 * (TERMS - i) * (2 * (TERMS - i) + 1)))
     sine *= angle
     turned = (quarter & 1) != 0
     across = tl.where(turned, -sine, cosine)
