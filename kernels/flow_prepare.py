@@ -37,11 +37,11 @@ def prepare_mixture(means: Tensor, log_weights: Tensor, block_k: int, block_d: i
     padded = means.new_zeros(rows, columns)
     padded[:k, :d] = means
     high, low = _pieces(padded.reshape(rows, -1, block_d).transpose(0, 1).contiguous())
-    wide = padded.double()
-    gram, gram_low = _pieces(wide @ wide.T, dtype) if span else (high, low)
+    gram, gram_low = _pieces(padded.double() @ padded.double().T, dtype) if span else (high, low)
+    half_norms = torch.linalg.vector_norm(padded, dim=1, dtype=torch.float64).square() / 2
     prior = log_weights.new_full((rows,), -math.inf)
     prior[:k] = log_weights * LOG2E
-    return Mixture(high, low, gram, gram_low, (wide.square().sum(1) / 2).to(dtype), prior)
+    return Mixture(high, low, gram, gram_low, half_norms.to(dtype), prior)
 
 
 def _pieces(a: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
