@@ -35,6 +35,27 @@ from .random import draw_normals
 
 Draw = tuple[int, int]
 
+# The tableau for which `variants` are compiled, flowfast.tableaux.DORMAND_PRINCE: registers depend on it.
+_WEIGHTS = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)
+COMPILED = (
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (1 / 5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (3 / 40, 9 / 40, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (44 / 45, -56 / 15, 32 / 9, 0.0, 0.0, 0.0, 0.0),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0.0, 0.0, 0.0),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0.0, 0.0),
+    _WEIGHTS,
+    (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+    _WEIGHTS,
+    (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
+
+# What is launched in practice, by name: whether ends are given per row, and whether starts are drawn.
+STARTS = (
+    ("fixed", False, False), ("adaptive", False, False), ("adaptive, ends per row", True, False),
+    ("adaptive, drawn", False, True),
+)  # fmt: skip
+
 
 def form(k: int, d: int, dtype: torch.dtype) -> str:
     """How k components in d dimensions are integrated: "span", "full", or "host" where no state fits on chip."""
@@ -167,29 +188,20 @@ def _tableau(tableau: Tensor) -> dict[str, Any]:
 def variants() -> list[Variant]:
     """Every row of the tables as it is launched, with strides and sizes as little specialised as they can be.
 
-    Fixed steps have the 4 stages of the classical method; step-size control has 7 of which the last is the next one's
-    first, with zeros where Dormand and Prince have them: the other numbers do not change what is compiled, as long as
-    they differ.
+    Fixed steps have the 4 stages of the classical method, step-size control the pair of Dormand and Prince.
     """
-    stages = [tuple(0.01 * (7 * j + i + 1) if i < j and (i, j) != (1, 6) else 0.0 for i in range(7)) for j in range(7)]
-    error = (0.001, 0.0, -0.004, 0.03, -0.05, 0.04, -0.025)
-    tableau = (*stages, (0.0, 0.2, 0.3, 0.8, 0.9, 1.0, 1.0), stages[6], error)
-    adaptive = {"TABLEAU": tableau, "STAGES": 7, "REUSE": 1}
     found = []
     for how in ("span", "full"):
         for row in rows(f"flow_{how}"):
             setting = Launch(row["blocks"], row["warps"], row["stages"])
             name = f"flow {how} <= {row['most_d']} {row['dtype']} {row['gpu']}"
-            for per_row, draw in ((False, False), (True, False), (False, True)):
-                flags = _flags(span=how == "span", per_row=per_row, draw=draw, blocks=setting.blocks)
-                start = " drawn" if draw else " ends per row" if per_row else ""
-                for kind, kernel, numbers in (
-                    ("adaptive", flow_adaptive_kernel, adaptive),
-                    ("fixed", flow_fixed_kernel, {"STAGES": 4}),
-                ):
-                    constants = {**flags, **numbers}
-                    types = {arg: _type(arg, row["dtype"]) for arg in kernel.arg_names if arg not in constants}
-                    found.append(Variant(f"{name} {kind}{start}", kernel, types, constants, setting, products=True))
+            for kind, per_row, draw in STARTS:
+                adaptive = kind != "fixed"
+                kernel = flow_adaptive_kernel if adaptive else flow_fixed_kernel
+                constants = _flags(span=how == "span", per_row=per_row, draw=draw, blocks=setting.blocks)
+                constants |= {"TABLEAU": COMPILED, "STAGES": 7, "REUSE": 1} if adaptive else {"STAGES": 4}
+                types = {arg: _type(arg, row["dtype"]) for arg in kernel.arg_names if arg not in constants}
+                found.append(Variant(f"{name} {kind}", kernel, types, constants, setting, products=True))
     return found
 
 

@@ -367,6 +367,7 @@ def test_pieces_carry_float32_products() -> None:
 
 
 def test_variants_name_every_configuration() -> None:
+    assert torch.tensor(kernels.COMPILED, dtype=torch.float64).equal(DORMAND_PRINCE)
     found = kernels.variants()
     assert len({variant.name for variant in found}) == len(found)
     for variant in found:
