@@ -48,10 +48,10 @@ def product(a, b, b_low, acc):
 def tile(high_ptr, low_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A packed tile (ROWS, COLUMNS) in pieces; of float64 both pieces are the number itself, read once."""
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    high = tl.load(high_ptr + offsets)
+    high = tl.load(tl.multiple_of(high_ptr + offsets, (4, 16)))  # rows are multiples of 16 bytes: wide loads
     low = high
     if high.dtype == tl.float32:
-        low = tl.load(low_ptr + offsets)
+        low = tl.load(tl.multiple_of(low_ptr + offsets, (4, 16)))
     return high, low
 
 
