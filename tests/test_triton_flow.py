@@ -161,9 +161,8 @@ def test_every_form_is_tested() -> None:
     assert kernels.form(33, 64, torch.float32) == "span" and kernels.form(1797, 64, torch.float32) == "full"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_forms_are_the_same_flow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = _problem(5, 7, 11, dtype, per_row=True)
+def test_all_forms_are_the_same_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _problem(5, 7, 11, torch.float64, per_row=True)
     arguments["x"][3, 4] = math.nan
     span = _agree(arguments)
     for form in ("full", "host"):
@@ -214,25 +213,28 @@ def test_strided_points_and_leading_dimensions(k: int) -> None:
     mixture = GaussianMixture(GaussianMixture.random(k, 6, half_width=2.0).means.to(DEVICE), 0.5)
     x = torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE).permute(2, 1, 0)
     t_from = torch.tensor([[0.9], [0.2]], dtype=torch.float64)
-    keywords: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4, "backend": "triton"}
-    strided = solve_flow(x, mixture, PROCESS, t_from, 0.1, **keywords)
-    plain = solve_flow(x.contiguous(), mixture, PROCESS, t_from, 0.1, **keywords)
-    assert strided.x.shape == x.shape and strided.x.equal(plain.x) and strided.steps.equal(plain.steps)
+    keywords: list[dict[str, Any]] = [{"steps": 3, "t_from": 1.0}, {"rtol": 0.01, "atol": 1e-3, "t_from": t_from}]
+    for arguments in (*keywords, {"steps": 3, "method": "paper", "t_from": 1.0}):
+        got, exact = (
+            solve_flow(x, mixture, PROCESS, t_to=0.2, backend=backend, **arguments)
+            for backend in ("triton", "reference")
+        )
+        assert got.x.shape == x.shape and got.steps.equal(exact.steps) and got.status.equal(exact.status)
+        assert _close(got.x.reshape(-1, 6), exact.x.reshape(-1, 6))
     direct = _problem(4, k, 6, torch.float32)
     wide = torch.full((8, 18), math.nan, device=DEVICE)[::2, ::3].copy_(direct["x"])
-    for arguments in ({"steps": 3}, {"steps": 3, "method": "paper"}):
-        exact = solve_flow(x, mixture, PROCESS, 1.0, 0.2, backend="reference", **arguments)  # type: ignore[arg-type]
-        got = solve_flow(x, mixture, PROCESS, 1.0, 0.2, backend="triton", **arguments)  # type: ignore[arg-type]
-        assert float(_error(got.x.reshape(-1, 6), exact.x.reshape(-1, 6)).max()) <= FLOW_FLOAT32[0]
     one, two = (
-        _triton.flow_adaptive(**(direct | {"x": start}), tableau=DORMAND_PRINCE, rtol=0.01, atol=0.01, max_steps=99)
+        _triton.flow_adaptive(**(direct | {"x": start}), tableau=DORMAND_PRINCE, rtol=0.01, atol=0.01, max_steps=2)
         for start in (wide, direct["x"])
     )
     assert one[0].equal(two[0]) and one[2].equal(two[2])
 
 
-@pytest.mark.parametrize("size", [(20, 5, 9), (20, 17, 3)], ids=["span", "full"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((20, 5, 9), torch.float32), ((20, 5, 9), torch.float64), ((20, 17, 3), torch.float64)],
+    ids=["span-float32", "span-float64", "full-float64"],
+)
 def test_rows_do_not_see_each_other(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     """A row alone gives the same bits as among others, some of which are not finite."""
     arguments = _problem(*size, dtype, per_row=True)
@@ -330,10 +332,10 @@ def test_normals_do_not_depend_on_the_launch() -> None:
 @pytest.mark.parametrize("form", ["span", "full", "host"])
 def test_drawn_starts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "form", lambda *_: form)
-    n, d = 19, 10
+    n, d = 3 if form == "host" else 19, 10
     arguments = _problem(n, 3, d, torch.float64)
     s_from = float(arguments["ends"][1])
-    tables = {"tableau": DORMAND_PRINCE, "rtol": 0.1, "atol": 0.01, "max_steps": 100}
+    tables = {"tableau": DORMAND_PRINCE, "rtol": 0.1, "atol": 0.01, "max_steps": 2}
     unread = arguments["x"].new_full((1, 1), math.nan).expand(n, d)
     got = kernels.flow_adaptive(**(arguments | {"x": unread}), **tables, draw=(11, 5))
     arguments["x"] = s_from * draw_normals(n, d, 11, 5, dtype=torch.float64, device=torch.device(DEVICE))
@@ -345,7 +347,7 @@ def test_drawn_starts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = {"h": h, "coefficients": coefficients, "tableau": RK4}
     got = kernels.flow_fixed(**(arguments | {"x": unread}), **fixed, draw=(11, 5))
     assert _close(got[0], _triton.flow_fixed(**arguments, **fixed)[0])
-    with pytest.raises(ValueError, match=r"ends: got shape \(4, 19\)"):
+    with pytest.raises(ValueError, match=rf"ends: got shape \(4, {n}\)"):
         many = arguments["ends"][:, None].expand(4, n)
         kernels.flow_fixed(**(arguments | {"x": unread, "ends": many}), **fixed, draw=(11, 5))
 
