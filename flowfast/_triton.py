@@ -1,7 +1,8 @@
-"""Triton bodies of the pointwise operations: tensors in, tensors out, the signatures of `reference`.
+"""Triton bodies of the operations: tensors in, tensors out, the signatures of `reference`.
 
 The only module that imports `flowfast.kernels`, and it does so on the first call: importing flowfast never imports
-triton. Accuracy and ranges are stated once, in kernels/posterior.py.
+triton. Accuracy and ranges are stated once, in kernels/posterior.py
+and kernels/flow.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,17 @@ import torch
 from torch import Tensor
 
 _OPS = frozenset(
-    {"log_density", "score", "posterior_mean", "covariance_trace", "posterior_weights", "hessian_vector_product"}
-    | {"diameter"}
+    {
+        "log_density",
+        "score",
+        "posterior_mean",
+        "covariance_trace",
+        "posterior_weights",
+        "hessian_vector_product",
+        "flow_fixed",
+        "flow_adaptive",
+        "diameter",
+    }
 )
 
 
@@ -79,6 +89,39 @@ def diameter(means: Tensor) -> float:
     from flowfast.kernels.diameter import diameter as largest_distance
 
     return largest_distance(means)
+
+
+def flow_fixed(
+    x: Tensor,
+    means: Tensor,
+    log_weights: Tensor,
+    center: Tensor,
+    ends: Tensor,
+    h: Tensor,
+    coefficients: Tensor,
+    tableau: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Integrate m Runge-Kutta steps given by tables: end points (n, d) and status int8 (n,)."""
+    from flowfast.kernels.flow import flow_fixed as run
+
+    return run(x, means, log_weights, center, ends, h, coefficients, tableau)
+
+
+def flow_adaptive(
+    x: Tensor,
+    means: Tensor,
+    log_weights: Tensor,
+    center: Tensor,
+    ends: Tensor,
+    tableau: Tensor,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Integrate with step-size control per trajectory: end points (n, d), status int8, steps and evaluations int32."""
+    from flowfast.kernels.flow import flow_adaptive as run
+
+    return run(x, means, log_weights, center, ends, tableau, rtol, atol, max_steps)
 
 
 def _posterior(output: str, x: Tensor, means: Tensor, log_weights: Tensor, alpha: Tensor, std: Tensor) -> Tensor:

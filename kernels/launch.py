@@ -38,6 +38,7 @@ class Variant(NamedTuple):
         kernel: the `triton.jit` function. types: of every argument that is not in `constants`, as "*fp32", "i32", or
             "i32:16" for a multiple of 16.
         constants: of the `tl.constexpr` arguments. launch: of the table. products: whether it must use tensor cores.
+        chips: compute capabilities x 10 that it is launched on. spills: bytes of a thread that are known and accepted.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Variant(NamedTuple):
     constants: Mapping[str, Any]
     launch: Launch
     products: bool = False
+    chips: tuple[int, ...] = (80, 90, 100)
+    spills: int = 0
 
 
 class _Trial(NamedTuple):
