@@ -47,7 +47,8 @@ class Compiled:
 
     Attributes:
         registers: of a thread. shared: bytes of a program. spilled: bytes of a thread's stack, where spills go.
-        allowed: of them, see `Variant.spills`. mma: kinds of tensor-core instructions; "wgmma (A in registers)" is the one that ptxas 12.8 may miscompile.
+        allowed: of them, see `Variant.spills`. mma: kinds of tensor-core instructions; "wgmma (A in registers)" is the
+        one that ptxas 12.8 may miscompile.
         failure: why there is none of that, else "".
     """
 
@@ -207,7 +208,8 @@ def page(rows: Mapping[str, str]) -> str:
         f"{versions()} compile it.",
         "Registers of a thread, shared memory of a program, kind of tensor-core instruction. Whatever is wrong would",
         f"stand in bold: spills beyond those that are known, more shared memory than there is ({limits}),",
-        "other instructions than meant. A dash: not launched on that chip. The key stands for all that a configuration is compiled from: a test compares.",
+        "other instructions than meant. A dash: not launched on that chip. The key stands for all that a configuration",
+        "is compiled from: a test compares.",
         "",
         f"| configuration | key | warps | {' | '.join(f'sm_{chip}' for chip in CHIPS)} |",
         f"|---|---|---|{'---|' * len(CHIPS)}",
