@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,9 @@ class MLP(nn.Module):
             generator.seed()
         sizes = [dim_in, *[width] * depth, dim_out]
         self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.config: dict[str, Any] = {
+            "dim_in": dim_in, "dim_out": dim_out, "width": width, "depth": depth, "activation": activation
+        }  # fmt: skip
         self._squared = [activation == "relu-requ" and layer % 2 == 1 for layer in range(depth)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +64,24 @@ class MLP(nn.Module):
                 x = x * x
         out: Tensor = last(x)
         return out
+
+    def stacked(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Networks of this structure side by side, as batched products.
+
+        Args:
+            weights: by the names of `named_parameters`, each with a leading dimension m. x: (m, b, dim_in).
+
+        Returns:
+            (m, b, dim_out), row i what network i answers to its own points.
+        """
+        for i in range(len(self.layers)):
+            weight, bias = weights[f"layers.{i}.weight"], weights[f"layers.{i}.bias"]
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+            if i < len(self._squared):
+                x = torch.relu_(x)
+                if self._squared[i]:
+                    x = x * x
+        return x
 
 
 def check_size(name: str, size: int) -> None:

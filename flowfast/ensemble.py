@@ -1,0 +1,310 @@
+"""Many students of equal shape trained as one batched model, none of them aware of the others."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from flowfast.storage import differences, read_tensors, write_tensors
+from flowfast.students import MLP
+from flowfast.students.mlp import check_size
+
+Precision = Literal["float32", "tf32", "bf16"]
+_PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_FORMAT = {"format": "flowfast ensemble", "version": 1}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Ensemble:
+    """M students of equal shape under AdamW, each with its own loss, gradient clip, moments and weight bound.
+
+    A member's result is that of training it alone. On the CPU, where members are trained one after the other
+    (`together=1`), this holds to the bit for a given number of torch threads, whoever else is in the ensemble; members
+    of one stack of batched products (`together` > 1, the default elsewhere) agree with it to rounding.
+
+    Args:
+        students: M >= 1 modules that map (b, d_in) to (b, d_out), of one class, structure, dtype and device; their
+            tensors are copied. An `MLP` runs as batched products, anything else through torch.func.vmap. What is no
+            tensor is taken from the first.
+        learning_rate: of AdamW, > 0; the attribute of this name may be set between steps.
+        weight_decay: of AdamW, >= 0.
+        clip_norm: bound on the norm of each member's gradient, > 0, applied as `torch.nn.utils.clip_grad_norm_` does.
+        weight_bound: after every step the entries of each weight matrix (two dimensions, called "weight") are clamped
+            to [-bound, bound]: one number > 0, or one per member (inf does not clamp). None clamps nothing.
+        bound_biases: clamp biases too.
+        precision: of the products: "float32", "tf32" (CUDA only), or "bf16" (autocast; the weights stay as they are).
+        compile: pass the loss through torch.compile.
+        together: members per stack of batched products, >= 1. None is 1 on the CPU, where a stack spares nothing, and
+            M elsewhere.
+
+    Raises:
+        TypeError, ValueError: an argument outside these ranges, or students that differ in shape.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        *,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        clip_norm: float = 1.0,
+        weight_bound: float | Sequence[float] | None = None,
+        bound_biases: bool = False,
+        precision: Precision = "float32",
+        compile: bool = False,
+        together: int | None = None,
+    ) -> None:
+        _check_students(students)
+        for name, value, least in (
+            ("learning_rate", learning_rate, "above 0"),
+            ("weight_decay", weight_decay, "at least 0"),
+            ("clip_norm", clip_norm, "above 0"),
+        ):
+            if not (0 <= value < math.inf) or (value == 0 and least == "above 0"):
+                raise ValueError(f"{name} must be finite and {least}; got {value}")
+        self.size, self.done, self.learning_rate = len(students), 0, learning_rate
+        self.device, self.precision = next(students[0].parameters()).device, precision
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}")
+        if precision == "tf32" and self.device.type != "cuda":
+            raise ValueError(f"precision 'tf32' is a mode of CUDA, the students are on {self.device}: use 'float32'")
+        if together is None:
+            together = 1 if self.device.type == "cpu" else self.size
+        check_size("together", together)
+        self._together = together
+        bounds = _bounds(weight_bound, self.size)
+        losses = torch.compile(_losses) if compile else _losses
+        self._stacks = []
+        for i in range(0, self.size, together):
+            here = slice(i, i + together)
+            clamp = {} if bounds is None else _clamped(students[0], bounds[here], bound_biases)
+            self._stacks.append(_Stack(students[here], clamp, losses, clip_norm, weight_decay))
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one optimiser step of every member.
+
+        Args:
+            x: (M, b, d_in), row i is member i's own batch. y: (M, b, d_out), what the members should answer. Dtype and
+                device of the students.
+
+        Returns:
+            (M,), each member's mean squared error over all entries, before the step.
+
+        Raises:
+            ValueError: x or y of another shape.
+        """
+        if x.ndim != 3 or y.ndim != 3 or not x.shape[0] == y.shape[0] == self.size or x.shape[1] != y.shape[1]:
+            raise ValueError(
+                f"x and y must have shapes ({self.size}, b, d_in) and ({self.size}, b, d_out); "
+                f"got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        with _products_in(self.precision, self.device):
+            losses = [
+                stack.step(x_part, y_part, self.learning_rate)
+                for stack, x_part, y_part in zip(
+                    self._stacks, x.split(self._together), y.split(self._together), strict=True
+                )
+            ]
+        self.done += 1
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Answers of every member to its own points: x (M, n, d_in) to (M, n, d_out), without gradient."""
+        if x.ndim != 3 or x.shape[0] != self.size:
+            raise ValueError(f"x must have shape ({self.size}, n, d_in); got {tuple(x.shape)}")
+        with _products_in(self.precision, self.device):
+            parts = zip(self._stacks, x.split(self._together), strict=True)
+            return torch.cat([stack(part) for stack, part in parts]).to(x.dtype)
+
+    def member(self, i: int) -> nn.Module:
+        """A copy of member i, 0 to M - 1, as a module of its own, in evaluation mode."""
+        if not 0 <= i < self.size:
+            raise ValueError(f"i must be a member from 0 to {self.size - 1}; got {i}")
+        return self._stacks[i // self._together].member(i % self._together)
+
+    def write(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        """Leave everything that later steps depend on in one file: weights, AdamW's moments, steps done, `settings`."""
+        states = [stack.state() for stack in self._stacks]
+        tensors = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+        write_tensors(Path(path), tensors, {**_FORMAT, "step": self.done, "settings": dict(settings)})
+
+    def read(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        """Go on from a file that `write` left; `together` may differ. After an error the ensemble is as it was.
+
+        Raises:
+            ValueError: no checkpoint, a damaged one, or one of other settings (the fields are named) or students.
+        """
+        tensors, about = read_tensors(Path(path), "checkpoint")
+        if {name: about.get(name) for name in _FORMAT} != _FORMAT or not isinstance(about.get("settings"), dict):
+            raise ValueError(f"checkpoint: {path} is no ensemble of this version: choose another file")
+        differing = differences(about["settings"], settings)
+        if differing:
+            raise ValueError(f"checkpoint: {path} is of another training ({differing}): choose another file")
+        there = {name: tuple(value.shape) for name, value in tensors.items()}
+        here = {name: (self.size, *value.shape[1:]) for name, value in self._stacks[0].state().items()}
+        if there != here or not isinstance(about.get("step"), int):
+            raise ValueError(f"checkpoint: {path} holds other students: choose another file")
+        for i, stack in enumerate(self._stacks):
+            part = slice(i * self._together, (i + 1) * self._together)
+            stack.restore({name: value[part] for name, value in tensors.items()}, about["step"])
+        self.done = about["step"]
+
+
+class _Stack:
+    """m members in one batched model: a tensor (m, ...) for each of a student's own, and one optimiser."""
+
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        clamp: Mapping[str, Tensor],
+        losses: Callable[..., Tensor],
+        clip_norm: float,
+        weight_decay: float,
+    ) -> None:
+        self._students = copy.deepcopy(students[0]).to("meta").eval()  # structure only
+        self._losses, self._clip_norm = losses, clip_norm
+        self._clamp = clamp
+        with torch.no_grad():
+            parts = [dict(student.named_parameters()) for student in students]
+            self._weights = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+            held = [dict(student.named_buffers()) for student in students]
+            self._buffers = {name: torch.stack([part[name] for part in held]) for name in held[0]}
+        for weight in self._weights.values():
+            weight.requires_grad_()
+        self._optimiser = torch.optim.AdamW(list(self._weights.values()), weight_decay=weight_decay, fused=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(m, b, d_in) to (m, b, d_out)."""
+        return _forward(self._students, self._weights | self._buffers, x)
+
+    def step(self, x: Tensor, y: Tensor, learning_rate: float) -> Tensor:
+        """One optimiser step; returns the losses (m,) before it."""
+        self._optimiser.zero_grad(set_to_none=True)
+        losses = self._losses(self._students, self._weights | self._buffers, x, y)
+        losses.sum().backward()  # a member's gradient is that of its own loss
+        self._clip()
+        self._optimiser.param_groups[0]["lr"] = learning_rate
+        self._optimiser.step()
+        with torch.no_grad():
+            for name, bound in self._clamp.items():
+                self._weights[name].clamp_(-bound, bound)
+        return losses.detach()
+
+    def _clip(self) -> None:
+        """Scale each member's gradient as clip_grad_norm_ does alone."""
+        gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])  # (tensors, m)
+        scale = (self._clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)  # (m,)
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+
+    def member(self, i: int) -> nn.Module:
+        """Copy of member i."""
+        module = copy.deepcopy(self._students).to_empty(device=next(iter(self._weights.values())).device)
+        tensors = self._weights | self._buffers
+        with torch.no_grad():
+            for name, value in [*module.named_parameters(), *module.named_buffers()]:
+                value.copy_(tensors[name][i])
+        return module
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, buffers and moments, (m, ...) each, by name."""
+        tensors = {f"student.{name}": value.detach() for name, value in (self._weights | self._buffers).items()}
+        for name, weight in self._weights.items():
+            state = self._optimiser.state[weight]
+            tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in _MOMENTS}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        """Take over what `state` gave after `done` steps."""
+        for name, value in (self._weights | self._buffers).items():
+            value.copy_(tensors[f"student.{name}"])
+        for name, weight in self._weights.items():
+            state = self._optimiser.state[weight]
+            state["step"] = torch.tensor(float(done), device=weight.device)
+            for moment in _MOMENTS:
+                state[moment] = torch.empty_like(weight).copy_(tensors[f"{moment}.{name}"])
+
+
+def _losses(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (_forward(students, tensors, x) - y).square().mean((1, 2))
+
+
+def _forward(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """A structure with stacked tensors (m, ...), applied to x (m, b, d_in)."""
+    if type(students) is MLP:
+        return students.stacked(tensors, x)
+    if len(x) == 1:  # vmap over one member would cost kernels that know no batches
+        one = {name: value.squeeze(0) for name, value in tensors.items()}
+        out: Tensor = functional_call(students, one, (x.squeeze(0),))
+        return out.unsqueeze(0)
+    mapped: Tensor = vmap(lambda member, points: functional_call(students, member, (points,)))(dict(tensors), x)
+    return mapped
+
+
+@contextmanager
+def _products_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Matrix products of the body in this precision; torch's own setting is as before afterwards."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    elif device.type != "cuda":
+        yield
+    else:
+        products = torch.backends.cuda.matmul
+        before, products.fp32_precision = products.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
+
+
+def _bounds(weight_bound: float | Sequence[float] | None, members: int) -> Tensor | None:
+    """One bound per member, (m,), or None."""
+    if weight_bound is None:
+        return None
+    try:
+        bounds = torch.as_tensor(weight_bound, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weight_bound must be None, a number or {members} numbers; got {weight_bound!r}") from error
+    if bounds.shape not in ((), (members,)) or not bool((bounds > 0).all()):
+        raise ValueError(f"weight_bound must be None, a number above 0 or {members} of them; got {weight_bound!r}")
+    return bounds.expand(members)
+
+
+def _clamped(student: nn.Module, bounds: Tensor, biases: bool) -> dict[str, Tensor]:
+    """Bounds of the parameters that are clamped, by name, shaped to broadcast with the stacked parameter."""
+    kinds = {"weight", "bias"} if biases else {"weight"}
+    return {
+        name: bounds.to(value).view(-1, *[1] * value.ndim)
+        for name, value in student.named_parameters()
+        if name.rsplit(".", 1)[-1] in kinds and (value.ndim == 2 or name.endswith("bias"))
+    }
+
+
+def _check_students(students: Sequence[nn.Module]) -> None:
+    if not students or not all(isinstance(student, nn.Module) for student in students):
+        raise TypeError(f"students must be one or more modules; got {[type(student).__name__ for student in students]}")
+    first = _shape(students[0])
+    if not any(True for _ in students[0].parameters()):
+        raise ValueError("students must have parameters to train; the first has none")
+    for i, student in enumerate(students):
+        if _shape(student) != first:
+            raise ValueError(f"students must be of one class, structure, dtype and device; {i} differs from 0")
+
+
+def _shape(student: nn.Module) -> list[object]:
+    """What the members of an ensemble have in common."""
+    tensors = [*student.named_parameters(), *student.named_buffers()]
+    kinds = [(name, value.shape, value.dtype, value.device) for name, value in tensors]
+    return [type(student), getattr(student, "config", None), *kinds]
