@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flowfast.dataset import TeacherDataset, generate_dataset
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
+    from flowfast.ensemble import Ensemble
     from flowfast.flow import FlowSolution, flow_map, solve_flow
     from flowfast.grids import time_grid
     from flowfast.hessian import divergence, hessian_norm_bound
@@ -33,21 +34,29 @@ if TYPE_CHECKING:
         stability_profile,
         stability_regimes,
     )
-    from flowfast.students import MLP, FlowStudent
+    from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
+    from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Ensemble",
     "Evaluation",
     "FlowSolution",
     "FlowStudent",
     "GaussianMixture",
     "MixtureScore",
     "OUProcess",
+    "PairSource",
     "Recipe",
+    "ResidualFlowMap",
+    "ScoreTarget",
+    "SegmentTarget",
     "StabilityRegimes",
     "TeacherDataset",
+    "TeacherPairs",
+    "TransformerFlowMap",
     "covariance_trace",
     "cumulative_stability",
     "denoise",
@@ -61,6 +70,7 @@ __all__ = [
     "log_density",
     "posterior_mean",
     "posterior_weights",
+    "relative_errors",
     "relative_mse",
     "score",
     "signed_stability",
@@ -73,7 +83,7 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics",
+    "distillation", "metrics", "ensemble", "teacher_pairs",
 )  # fmt: skip
 
 
