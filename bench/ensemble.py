@@ -58,7 +58,7 @@ def main() -> None:
     for name, times in found.items():
         table.add_row(name, f"{times['least']:.2f}", f"{times['median']:.2f}", f"{times['median'] / alone:.1%}")
     Console().print(table)
-    about = {"processor": processor("cpu"), **machine(), "versions": versions(), "threads": 1}
+    about = {"processor": processor(), **machine(), "versions": versions(), "threads": 1}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "ensemble-cpu.json"
     settings = {"width": options.width, "batch": BATCH, "dim": DIM, "depth": 4, "rounds": options.rounds}
