@@ -63,11 +63,10 @@ def run(command: Reproduce) -> dict[str, Any]:
     report = write_tables_report(command.out) if rank.rank == 0 else None
     if not command.json:
         show(summary)
-    finished = sum(len(result.records) for result in summary.results.values())
     return {
         "folder": str(command.out),
         "report": None if report is None else str(report),
-        "finished": finished,
+        "finished": summary.finished(),
         "missing": summary.missing(),
     }
 

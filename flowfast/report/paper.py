@@ -52,11 +52,10 @@ def write_tables_report(folder: str | Path) -> Path:
 
 def _content(summary: Summary) -> dict[str, Any]:
     records = [summary.records[name] for name in sorted(summary.records)]
-    finished = sum(len(result.records) for result in summary.results.values())
     return {
         "summary": summary,
-        "finished": finished,
-        "wanted": finished + summary.missing(),
+        "finished": summary.finished(),
+        "wanted": len(summary.wanted),
         "seconds": sum(sum(record.seconds.values()) for record in records),
         "published": stored(),
         "csv": CSV,

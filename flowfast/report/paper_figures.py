@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
@@ -44,18 +45,11 @@ def heat_maps(panels: Sequence[Panel], down: tuple[str, Sequence[Any]], across: 
         for axes, panel in zip(drawn, panels, strict=True):
             axes.grid(False)
             axes.set_title(panel.title)
-            shade = (np.log10(panel.values) - low) / max(high - low, 1e-9)
-            # Half of the colour map's range: dark ink stays legible on every field.
-            axes.imshow(
-                np.where(np.isnan(shade), np.nan, 0.05 + 0.5 * shade), cmap="YlOrRd", vmin=0, vmax=1, aspect="auto"
-            )
             for (row, column), value in np.ndenumerate(panel.values):
-                if np.isnan(value):
-                    axes.add_patch(
-                        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", ec="#d5d9de", lw=0)
-                    )
-                else:
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, lw=0, **_field(value, low, high)))
+                if not np.isnan(value):
                     axes.text(column, row, _brief(value), ha="center", va="center", fontsize=8, color=INK)
+            axes.set(xlim=(-0.5, len(across[1]) - 0.5), ylim=(len(down[1]) - 0.5, -0.5))
             axes.set_xticks(range(len(across[1])), [_tick(value) for value in across[1]])
             axes.set_yticks(range(len(down[1])), [_tick(value) for value in down[1]])
             axes.set_xlabel(across[0])
@@ -184,6 +178,14 @@ def _any(each: Any) -> CellResult:
 
 def _first(value: float | None, other: float | None) -> float | None:
     return other if value is None else value
+
+
+def _field(value: float, low: float, high: float) -> dict[str, Any]:
+    """Fill of a field by the logarithm of its value between two others; half of the map, so that ink stays legible."""
+    if math.isnan(value):
+        return {"fc": "none", "hatch": "////", "ec": "#d5d9de"}
+    share = (math.log10(value) - low) / max(high - low, 1e-9)
+    return {"fc": colormaps["YlOrRd"](0.05 + 0.5 * share)}
 
 
 def _brief(value: float) -> str:

@@ -76,13 +76,14 @@ class Summary:
     Args:
         folder: where. scale: 1, or of a rehearsal. tables: numbers that were asked for, in order.
         results: by table number, cell (as a tuple of values) and teacher.
-        records: all finished runs, by digest.
+        wanted: digests of all runs that were asked for. records: all finished runs, by digest.
     """
 
     folder: Path
     scale: float
     tables: tuple[int, ...]
     results: Mapping[tuple[int, tuple[Any, ...], Teacher], CellResult]
+    wanted: frozenset[str]
     records: Mapping[str, Record]
 
     def cells(self, number: int) -> Iterator[tuple[Cell, dict[Teacher, CellResult]]]:
@@ -91,9 +92,13 @@ class Summary:
         for cell in table.cells():
             yield cell, {name: self.results[number, tuple(cell.values()), name] for name in table.teachers()}
 
+    def finished(self) -> int:
+        """Runs that were asked for and have finished; one that serves two tables counts once."""
+        return len(self.wanted & set(self.records))
+
     def missing(self) -> int:
-        """Runs that were asked for and have not finished; one that serves two tables counts in both."""
-        return sum(result.wanted - len(result.records) for result in self.results.values())
+        """Runs that were asked for and have not finished."""
+        return len(self.wanted) - self.finished()
 
 
 def summarise(folder: str | Path) -> Summary:
@@ -133,4 +138,5 @@ def gather(folder: Path, scale: float, requests: tuple[Request, ...], records: M
                     published=published(table, cell),
                     comparable=scale == 1,
                 )
-    return Summary(folder, scale, numbers, results, records)
+    digests = frozenset(run.digest() for request in requests for run in request.runs())
+    return Summary(folder, scale, numbers, results, digests, records)
