@@ -101,8 +101,10 @@ class Reproduce:
     """Of the training steps: float32, tf32 or bf16."""
     members: int | None = None
     """Students trained together at most; none chooses by device."""
+    jobs: int | None = None
+    """Processes on this machine; none is one per core on the CPU, with one thread each, and one on a GPU."""
     engine: Literal["local"] = "local"
-    """Who runs the share of this process; RANK and WORLD_SIZE, or a SLURM array, divide the runs among processes."""
+    """Who starts processes: this machine. RANK and WORLD_SIZE, or a SLURM array, divide runs among processes, too."""
     json: bool = False
     """Print what was done as JSON on stdout, and nothing else there."""
 

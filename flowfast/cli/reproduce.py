@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table as Box
 
+from flowfast.cli.jobs import cores, run_jobs
 from flowfast.cli.options import Reproduce, UsageError
 from flowfast.experiments import FolderError
-from flowfast.experiments.paper import TABLES, Progress, Request, Summary, reproduce
+from flowfast.experiments.paper import TABLES, Progress, Request, Summary, pending, reproduce, summarise
 from flowfast.experiments.paper.plan import Rank
 from flowfast.experiments.paper.settings import Precision, Teacher
 from flowfast.report.numbers import number
@@ -49,13 +50,12 @@ def run(command: Reproduce) -> dict[str, Any]:
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise UsageError(f"--{name} {rest}" if name in NAMED else str(error)) from error
-    if command.members is not None and command.members < 1:
-        raise UsageError(f"--members must be at least 1; got {command.members}")
+    for name in ("members", "jobs"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1; got {value}")
     try:
-        with _watch() as listener:
-            summary = reproduce(
-                request, command.out, device=command.device, rank=rank, listener=listener, most=command.members
-            )
+        summary = _work(command, request, rank)
     except FolderError as error:
         raise UsageError(f"--out: {error}") from error
     except ValueError as error:  # a damaged line, or a device that is not there
@@ -69,6 +69,28 @@ def run(command: Reproduce) -> dict[str, Any]:
         "finished": summary.finished(),
         "missing": summary.missing(),
     }
+
+
+def _work(command: Reproduce, request: Request, rank: Rank) -> Summary:
+    left = pending(request, command.out, device=command.device, most=command.members)
+    one = rank.world > 1 or command.device != "cpu"
+    jobs = min(left, command.jobs or (1 if one else cores()))
+    if jobs > 1 and rank.world == 1:
+        run_jobs(_arguments(command), jobs)
+        return summarise(command.out)
+    with _watch() as listener:
+        return reproduce(
+            request, command.out, device=command.device, rank=rank, listener=listener, most=command.members
+        )
+
+
+def _arguments(command: Reproduce) -> list[str]:
+    """The call of one process among several."""
+    given = ["reproduce", "--json", "--jobs", "1", "--out", str(command.out), "--seeds", str(command.seeds)]
+    given += ["--scale", repr(command.scale), "--device", command.device, "--precision", command.precision]
+    given += ["--tables", *map(str, command.tables), "--teacher", *command.teacher]
+    given += ["--only", *command.only] if command.only else []
+    return given + (["--members", str(command.members)] if command.members is not None else [])
 
 
 def show(summary: Summary) -> None:

@@ -3,6 +3,7 @@
 from flowfast.experiments.paper.plan import Request as Request
 from flowfast.experiments.paper.plan import is_reproduction as is_reproduction
 from flowfast.experiments.paper.runner import Progress as Progress
+from flowfast.experiments.paper.runner import pending as pending
 from flowfast.experiments.paper.runner import reproduce as reproduce
 from flowfast.experiments.paper.summary import CellResult as CellResult
 from flowfast.experiments.paper.summary import Summary as Summary
@@ -18,6 +19,7 @@ __all__ = [
     "Summary",
     "Table",
     "is_reproduction",
+    "pending",
     "reproduce",
     "summarise",
 ]

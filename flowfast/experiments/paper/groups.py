@@ -31,9 +31,21 @@ class Group:
         """Number of students."""
         return sum(run.settings.segments for run in self.runs)
 
+    def cost(self) -> float:
+        """Size of the training in multiplications, roughly: a step reads and writes its weights, too."""
+        return sum(run.settings.steps * (run.settings.batch_size + 64) * _per_point(run.settings) for run in self.runs)
+
     def digest(self) -> str:
         """Name of the group by its content and order."""
         return digest([run.digest() for run in self.runs])
+
+
+def _per_point(settings: Settings) -> float:
+    """Multiplications of one pass of a student over one point."""
+    width, depth, dim = settings.width, settings.depth, settings.dim
+    if settings.student == "mlp":
+        return 2 * dim * width + (depth - 1) * width**2
+    return dim * depth * (12 * width**2 + 2 * dim * width)
 
 
 def most_members(settings: Settings, device: torch.device) -> int:
@@ -60,6 +72,18 @@ def grouped(runs: Sequence[Run], device: torch.device, most: int | None = None) 
             groups.append([])
         groups[index].append(run)
     return [Group(tuple(group)) for group in groups]
+
+
+def share(groups: Sequence[Group], rank: int, world: int) -> list[Group]:
+    """The groups of one process of `world`: dealt out by size, largest first, each to who has least so far.
+
+    A pure function of the groups, so that processes need not talk to each other; in the groups' order.
+    """
+    loads, owners = [0.0] * world, [0] * len(groups)
+    for index in sorted(range(len(groups)), key=lambda i: -groups[i].cost()):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += groups[index].cost()
+    return [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
 
 
 def _shape(settings: Settings) -> tuple[Any, ...]:

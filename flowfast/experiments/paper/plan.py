@@ -86,7 +86,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Rank:
-    """Which share of the runs this process takes: every `world`-th, beginning with `rank`."""
+    """Which process this is, of how many that divide the runs among themselves without talking to each other."""
 
     rank: int = 0
     world: int = 1
@@ -157,7 +157,7 @@ def claim(folder: Path, request: Request, rank: Rank) -> Iterator[None]:
             this rank, or cannot be written.
     """
     try:
-        _check(folder, request)
+        check(folder, request)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ("reproduce.lock" if rank.world == 1 else f"reproduce-{rank.rank}.lock")).open("a")
     except OSError as error:
@@ -171,7 +171,8 @@ def claim(folder: Path, request: Request, rank: Rank) -> Iterator[None]:
         yield
 
 
-def _check(folder: Path, request: Request) -> None:
+def check(folder: Path, request: Request) -> None:
+    """Raise FolderError when `folder` belongs to something else than to results of this request's kind."""
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"{folder} is a file, not a folder: choose another one")
     if is_reproduction(folder):

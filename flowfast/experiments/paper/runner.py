@@ -13,8 +13,8 @@ from flowfast import backends
 from flowfast.experiments.machine import machine, versions
 from flowfast.experiments.paper import records, tables
 from flowfast.experiments.paper.evaluation import Diverged, evaluate
-from flowfast.experiments.paper.groups import Group, grouped
-from flowfast.experiments.paper.plan import Rank, Request, claim
+from flowfast.experiments.paper.groups import Group, grouped, share
+from flowfast.experiments.paper.plan import Rank, Request, check, claim
 from flowfast.experiments.paper.records import Record
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.summary import Summary, summarise
@@ -77,24 +77,46 @@ def reproduce(
         FolderError: a ValueError too: `out` belongs to something else, is in use or cannot be written.
         RuntimeError: some run diverged; all others are stored.
     """
-    place, folder, share = torch.device(device), Path(out), rank or Rank()
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there; got {device}, and torch finds no CUDA device")
-    if request.precision == "tf32" and place.type != "cuda":
-        raise ValueError(f"precision 'tf32' is a mode of CUDA; the device is {device}: use float32")
+    place, folder, rank = _place(request, device), Path(out), rank or Rank()
     backend = backends.choose("auto", place)
     runs = request.runs()
-    with claim(folder, request, share):
+    records.read(folder)  # a damaged line is refused before anything is written
+    with claim(folder, request, rank):
         finished = set(records.read(folder))
         # Groups are formed of all runs, finished or not: a group that is gone on with is the group that was stopped.
-        groups = grouped(runs, place, most)[share.rank :: share.world]
-        work = _Work(folder, place, f"{backend} on {place.type}", share, listener, checkpoint_every, names_of(request))
+        groups = share(grouped(runs, place, most), rank.rank, rank.world)
+        work = _Work(folder, place, f"{backend} on {place.type}", rank, listener, checkpoint_every, names_of(request))
         work.count(groups, finished)
         for group in groups:
             work.finish(group, finished)
     if work.diverged:
         raise RuntimeError(f"{len(work.diverged)} runs diverged and stay holes, first: {work.diverged[0]}")
     return summarise(folder)
+
+
+def pending(request: Request, out: str | Path, *, device: str | torch.device = "cpu", most: int | None = None) -> int:
+    """Groups of runs that `reproduce` with the same arguments would still train; nothing is written.
+
+    Raises:
+        ValueError: as `reproduce`.
+    """
+    folder = Path(out)
+    check(folder, request)
+    finished = set(records.read(folder))
+    groups = grouped(request.runs(), _place(request, device), most)
+    return sum(any(run.digest() not in finished for run in group.runs) for group in groups)
+
+
+def _place(request: Request, device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu or cuda; got {device!r}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there; got {device}, and torch finds no CUDA device")
+    if request.precision == "tf32" and place.type != "cuda":
+        raise ValueError(f"precision 'tf32' is a mode of CUDA; the device is {device}: use float32")
+    return place
 
 
 def names_of(request: Request) -> dict[str, str]:
@@ -114,7 +136,7 @@ class _Work:
     folder: Path
     device: torch.device
     backend: str
-    share: Rank
+    rank: Rank
     listener: Listener | None
     checkpoint_every: float
     names: dict[str, str]
@@ -154,7 +176,7 @@ class _Work:
                 backend=self.backend,
                 machine=machine(),
             )
-            records.append(records.file_of(self.folder, self.share.rank, self.share.world), record)
+            records.append(records.file_of(self.folder, self.rank.rank, self.rank.world), record)
             self.done += 1
         self._tell("evaluation", label, len(missing), len(missing))
         training.forget()

@@ -138,5 +138,5 @@ def gather(folder: Path, scale: float, requests: tuple[Request, ...], records: M
                     published=published(table, cell),
                     comparable=scale == 1,
                 )
-    digests = frozenset(run.digest() for request in requests for run in request.runs())
-    return Summary(folder, scale, numbers, results, digests, records)
+    everything = frozenset(run.digest() for request in requests for run in request.runs())
+    return Summary(folder, scale, numbers, results, everything, records)
