@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flowfast.dataset import TeacherDataset, generate_dataset
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
+    from flowfast.ensemble import Ensemble
     from flowfast.flow import FlowSolution, flow_map, solve_flow
     from flowfast.grids import time_grid
     from flowfast.metrics import relative_mse
@@ -32,20 +33,28 @@ if TYPE_CHECKING:
         stability_profile,
         stability_regimes,
     )
-    from flowfast.students import MLP, FlowStudent
+    from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
+    from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Ensemble",
     "Evaluation",
     "FlowSolution",
     "FlowStudent",
     "GaussianMixture",
     "OUProcess",
+    "PairSource",
     "Recipe",
+    "ResidualFlowMap",
+    "ScoreTarget",
+    "SegmentTarget",
     "StabilityRegimes",
     "TeacherDataset",
+    "TeacherPairs",
+    "TransformerFlowMap",
     "covariance_trace",
     "cumulative_stability",
     "denoise",
@@ -58,6 +67,7 @@ __all__ = [
     "log_density",
     "posterior_mean",
     "posterior_weights",
+    "relative_errors",
     "relative_mse",
     "score",
     "signed_stability",
@@ -68,7 +78,20 @@ __all__ = [
     "velocity",
 ]
 
-_ROOMS = ("ops", "flow", "mixture", "process", "stability", "grids", "students", "dataset", "distillation", "metrics")
+_ROOMS = (
+    "ops",
+    "flow",
+    "mixture",
+    "process",
+    "stability",
+    "grids",
+    "students",
+    "dataset",
+    "distillation",
+    "metrics",
+    "ensemble",
+    "teacher_pairs",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
+from flowfast.stacked import Stack, mean_squared_errors
 from flowfast.storage import differences, read_tensors, write_tensors
-from flowfast.students import MLP
 from flowfast.students.mlp import check_size
 
 Precision = Literal["float32", "tf32", "bf16"]
 _PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _FORMAT = {"format": "flowfast ensemble", "version": 1}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Ensemble:
@@ -32,8 +29,8 @@ class Ensemble:
 
     Args:
         students: M >= 1 modules that map (b, d_in) to (b, d_out), of one class, structure, dtype and device; their
-            tensors are copied. An `MLP` runs as batched products, anything else through torch.func.vmap. What is no
-            tensor is taken from the first.
+            tensors are copied, what is no tensor is taken from the first. `MLP` and `TransformerFlowMap` run as
+            batched products, others through torch.func.vmap.
         learning_rate: of AdamW, > 0; the attribute of this name may be set between steps.
         weight_decay: of AdamW, >= 0.
         clip_norm: bound on the norm of each member's gradient, > 0, applied as `torch.nn.utils.clip_grad_norm_` does.
@@ -81,12 +78,12 @@ class Ensemble:
         check_size("together", together)
         self._together = together
         bounds = _bounds(weight_bound, self.size)
-        losses = torch.compile(_losses) if compile else _losses
+        losses = torch.compile(mean_squared_errors) if compile else mean_squared_errors
         self._stacks = []
         for i in range(0, self.size, together):
             here = slice(i, i + together)
             clamp = {} if bounds is None else _clamped(students[0], bounds[here], bound_biases)
-            self._stacks.append(_Stack(students[here], clamp, losses, clip_norm, weight_decay))
+            self._stacks.append(Stack(students[here], clamp, losses, clip_norm, weight_decay))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one optimiser step of every member.
@@ -157,99 +154,6 @@ class Ensemble:
             part = slice(i * self._together, (i + 1) * self._together)
             stack.restore({name: value[part] for name, value in tensors.items()}, about["step"])
         self.done = about["step"]
-
-
-class _Stack:
-    """m members in one batched model: a tensor (m, ...) for each of a student's own, and one optimiser."""
-
-    def __init__(
-        self,
-        students: Sequence[nn.Module],
-        clamp: Mapping[str, Tensor],
-        losses: Callable[..., Tensor],
-        clip_norm: float,
-        weight_decay: float,
-    ) -> None:
-        self._students = copy.deepcopy(students[0]).to("meta").eval()  # structure only
-        self._losses, self._clip_norm = losses, clip_norm
-        self._clamp = clamp
-        with torch.no_grad():
-            parts = [dict(student.named_parameters()) for student in students]
-            self._weights = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-            held = [dict(student.named_buffers()) for student in students]
-            self._buffers = {name: torch.stack([part[name] for part in held]) for name in held[0]}
-        for weight in self._weights.values():
-            weight.requires_grad_()
-        self._optimiser = torch.optim.AdamW(list(self._weights.values()), weight_decay=weight_decay, fused=True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(m, b, d_in) to (m, b, d_out)."""
-        return _forward(self._students, self._weights | self._buffers, x)
-
-    def step(self, x: Tensor, y: Tensor, learning_rate: float) -> Tensor:
-        """One optimiser step; returns the losses (m,) before it."""
-        self._optimiser.zero_grad(set_to_none=True)
-        losses = self._losses(self._students, self._weights | self._buffers, x, y)
-        losses.sum().backward()  # a member's gradient is that of its own loss
-        self._clip()
-        self._optimiser.param_groups[0]["lr"] = learning_rate
-        self._optimiser.step()
-        with torch.no_grad():
-            for name, bound in self._clamp.items():
-                self._weights[name].clamp_(-bound, bound)
-        return losses.detach()
-
-    def _clip(self) -> None:
-        """Scale each member's gradient as clip_grad_norm_ does alone."""
-        gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])  # (tensors, m)
-        scale = (self._clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)  # (m,)
-        for gradient in gradients:
-            gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
-
-    def member(self, i: int) -> nn.Module:
-        """Copy of member i."""
-        module = copy.deepcopy(self._students).to_empty(device=next(iter(self._weights.values())).device)
-        tensors = self._weights | self._buffers
-        with torch.no_grad():
-            for name, value in [*module.named_parameters(), *module.named_buffers()]:
-                value.copy_(tensors[name][i])
-        return module
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, buffers and moments, (m, ...) each, by name."""
-        tensors = {f"student.{name}": value.detach() for name, value in (self._weights | self._buffers).items()}
-        for name, weight in self._weights.items():
-            state = self._optimiser.state[weight]
-            tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in _MOMENTS}
-        return tensors
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
-        """Take over what `state` gave after `done` steps."""
-        for name, value in (self._weights | self._buffers).items():
-            value.copy_(tensors[f"student.{name}"])
-        for name, weight in self._weights.items():
-            state = self._optimiser.state[weight]
-            state["step"] = torch.tensor(float(done), device=weight.device)
-            for moment in _MOMENTS:
-                state[moment] = torch.empty_like(weight).copy_(tensors[f"{moment}.{name}"])
-
-
-def _losses(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return (_forward(students, tensors, x) - y).square().mean((1, 2))
-
-
-def _forward(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """A structure with stacked tensors (m, ...), applied to x (m, b, d_in)."""
-    if type(students) is MLP:
-        return students.stacked(tensors, x)
-    if len(x) == 1:  # vmap over one member would cost kernels that know no batches
-        one = {name: value.squeeze(0) for name, value in tensors.items()}
-        out: Tensor = functional_call(students, one, (x.squeeze(0),))
-        return out.unsqueeze(0)
-    mapped: Tensor = vmap(lambda member, points: functional_call(students, member, (points,)))(dict(tensors), x)
-    return mapped
 
 
 @contextmanager

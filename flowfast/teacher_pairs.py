@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -25,12 +26,17 @@ _CHUNK_ROWS = 5_000  # evaluation points at once
 
 @dataclass(frozen=True)
 class ScoreTarget:
-    """The score at time t: x ~ p_t, y = score of p_t at x.
+    """The score at time t >= 0: x ~ p_t, y = score of p_t at x. Another t is a ValueError.
 
     Source: arXiv 2606.03820, Tables 1 and 2.
     """
 
     t: float
+
+    def __post_init__(self) -> None:
+        """Refuse values outside the range."""
+        if not 0 <= self.t < math.inf:
+            raise ValueError(f"t must be finite and at least 0; got {self.t}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class SegmentTarget:
 
     def __post_init__(self) -> None:
         """Refuse values outside the ranges."""
-        if not 0 <= self.t_to < self.t_from:
+        if not 0 <= self.t_to < self.t_from < math.inf:
             raise ValueError(f"t_from must lie above t_to >= 0; got {self.t_from} and {self.t_to}")
         if self.teacher not in get_args(Teacher):
             raise ValueError(f"teacher must be 'exact' or 'paper'; got {self.teacher!r}")
@@ -126,6 +132,8 @@ class TeacherPairs:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """x and y of optimiser step `step`, 0 or later: (M, b, d) each, a pure function of sources, batch and step."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0; got {step}")
         block, part = divmod(step, self._steps)
         if self._made is None or self._made[0] != block:
             self._made = None  # a block is large: the old one goes before the new one comes

@@ -21,8 +21,8 @@ LAUNCHES = sorted((ROOT / "kernels" / "launches").glob("*.json"))
 FLOORS = (
     ("kernels", "seeds", "storage", "split_dot", "tableaux", "metrics"),
     ("reference", "_cpp", "_triton", "students"),
-    ("backends", "training", "ensemble"),
-    ("mixture", "operators"),
+    ("backends", "training", "stacked"),
+    ("mixture", "operators", "ensemble"),
     ("process",),
     ("ops",),
     ("flow", "stability"),

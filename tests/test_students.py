@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowfast.students import MLP, FlowStudent, SegmentTable
+from flowfast.students import MLP, FlowStudent, ResidualFlowMap, SegmentTable, TransformerFlowMap
 
 TABLE = SegmentTable(r=(0.01, 0.4, 1.5, 10.0), s=(1.0, 0.95, 0.6, 0.1))
 KINDS = list(itertools.product([False, True], [False, True]))  # preconditioned, shared
@@ -51,6 +51,90 @@ def test_mlp_starts_xavier_uniform_with_zero_biases():
         assert not layer.bias.any()
 
 
+def test_networks_side_by_side_are_the_networks():
+    nets = [MLP(3, 2, width=5, depth=3, activation="relu-requ", generator=generator(i)) for i in range(4)]
+    nets += [MLP(3, 2, width=5, depth=3, activation="relu-requ", generator=generator(9))]
+    assert nets[0].config == {"dim_in": 3, "dim_out": 2, "width": 5, "depth": 3, "activation": "relu-requ"}
+    _check_stacked(nets)
+    _check_stacked([TransformerFlowMap(3, blocks=2, width=8, heads=2, generator=generator(i)) for i in range(4)])
+
+
+def _check_stacked(nets):
+    x = torch.randn(len(nets), 7, 3, generator=generator(1))
+    stacked = {name: torch.stack([dict(net.named_parameters())[name] for net in nets]) for name in nets[0].state_dict()}
+    for i, out in enumerate(nets[0].stacked(stacked, x)):
+        torch.testing.assert_close(out, nets[i](x[i]), rtol=1e-5, atol=1e-6)
+
+
+def test_residual_blocks_are_euler_steps():
+    x = torch.randn(7, 3, generator=generator(1))
+    net = ResidualFlowMap(3, blocks=2, width=5, generator=generator())
+    assert len(net.velocities) == 2 and [layer.weight.shape[0] for layer in net.velocities[0].layers] == [5, 5, 3]
+    half = x + net.velocities[0](x) / 2
+    torch.testing.assert_close(net(x), half + net.velocities[1](half) / 2)
+    shared = ResidualFlowMap(3, blocks=2, width=5, shared=True, generator=generator())
+    (velocity,) = shared.velocities
+    half = x + velocity(torch.cat([x, torch.ones(7, 1)], 1)) / 2
+    torch.testing.assert_close(shared(x), half + velocity(torch.cat([half, torch.full((7, 1), 0.5)], 1)) / 2)
+
+
+def test_transformer_is_torchs_own_pre_norm_layer():
+    """Against nn.TransformerEncoder with the same weights, embedding and head aside."""
+    net = TransformerFlowMap(3, blocks=2, width=8, heads=2, generator=generator())
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if "norm" in name or "bias" in name:  # so that none of them is idle
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator(len(name))))
+    layer = nn.TransformerEncoderLayer(
+        8, 2, dim_feedforward=32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+    names = {
+        "attention_norm": "norm1",
+        "queries_keys_values.": "self_attn.in_proj_",
+        "attention_out": "self_attn.out_proj",
+        "feed_forward_norm": "norm2",
+        "expand": "linear1",
+        "contract": "linear2",
+        "blocks": "layers",
+    }
+    weights = {name: value for name, value in net.state_dict().items() if name.startswith(("blocks", "norm"))}
+    for ours, other in names.items():
+        weights = {name.replace(ours, other): value for name, value in weights.items()}
+    theirs.load_state_dict(weights)
+    x = torch.randn(7, 3, generator=generator(1))
+    expected = net.head(theirs(net.embed(x[..., None]) + net.positions))[..., 0]
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_transformer_starts_as_published():
+    net = TransformerFlowMap(64, blocks=3, generator=generator())
+    assert net.config == {"dim": 64, "blocks": 3, "width": 128, "heads": 4}
+    assert float(net.positions.detach().std()) == pytest.approx(0.02, rel=0.05)
+    layer = net.blocks[0]["expand"]
+    assert layer.weight.shape == (512, 128) and not layer.bias.any()
+    bound = math.sqrt(6 / 640)
+    assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound
+    assert sum(weight.numel() for weight in net.parameters()) == 3 * 198_272 + 64 * 128 + 256 + 256 + 129
+
+
+MAKERS = [
+    lambda g: MLP(3, 3, width=4, generator=g),
+    lambda g: ResidualFlowMap(3, blocks=2, width=4, generator=g),
+    lambda g: TransformerFlowMap(3, blocks=1, width=4, heads=2, generator=g),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_generator_decides_the_bits_of_every_network(make):
+    one, same, other, unnamed = make(generator(3)), make(generator(3)), make(generator(4)), make(None)
+    for a, b, differ in ((one, same, False), (one, other, True), (one, unnamed, True)):
+        pairs = zip(a.parameters(), b.parameters(), strict=True)
+        assert any(not torch.equal(x, y) for x, y in pairs) == differ
+    for shape in ((3,), (0, 3), (2, 4, 3)):
+        assert one(torch.randn(shape, generator=generator())).shape == shape
+
+
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 4, 3)])
 def test_leading_dimensions_are_free(shape):
     x = torch.randn(shape, generator=generator())
@@ -62,6 +146,8 @@ def test_no_call_touches_the_global_generator():
     before = torch.get_rng_state()
     MLP(3, 3)
     MLP(3, 3, generator=generator())
+    ResidualFlowMap(3, blocks=1)
+    TransformerFlowMap(3, blocks=1, width=8)
     student().trajectory(torch.ones(2, 3))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -227,6 +313,11 @@ def test_files_in_the_wrong_place(tmp_path):
         (lambda: MLP(1, 1, width=2.0), TypeError, "width must be an int; got float"),
         (lambda: MLP(1, 1, depth=0), ValueError, "depth must be at least 1"),
         (lambda: MLP(1, 1, activation="gelu"), ValueError, "activation must be one of relu, relu-requ; got 'gelu'"),
+        (lambda: ResidualFlowMap(0, blocks=1), ValueError, "dim must be at least 1; got 0"),
+        (lambda: ResidualFlowMap(3, blocks=1.0), TypeError, "blocks must be an int; got float"),
+        (lambda: TransformerFlowMap(3, blocks=0), ValueError, "blocks must be at least 1"),
+        (lambda: TransformerFlowMap(3, blocks=1, width=10), ValueError, "width must be a multiple of heads, 4; got 10"),
+        (lambda: TransformerFlowMap(3, blocks=1)(torch.ones(2, 4)), ValueError, r"x must have shape \(..., 3\)"),
         (lambda: SegmentTable(r=(1.0,), s=(1.0,)), ValueError, "r must hold at least two"),
         (lambda: SegmentTable(r=(1.0, 2.0), s=(1.0, math.nan)), ValueError, "s must hold at least two positive finite"),
         (lambda: SegmentTable(r=(1.0, 2.0), s=(1.0, 1.0, 1.0)), ValueError, "one length; got 2 and 3"),

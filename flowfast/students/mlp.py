@@ -49,7 +49,7 @@ class MLP(nn.Module):
             generator = torch.Generator()
             generator.seed()
         sizes = [dim_in, *[width] * depth, dim_out]
-        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(xavier_linear(a, b, generator) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
         self.config: dict[str, Any] = {
             "dim_in": dim_in, "dim_out": dim_out, "width": width, "depth": depth, "activation": activation
         }  # fmt: skip
@@ -75,8 +75,7 @@ class MLP(nn.Module):
             (m, b, dim_out), row i what network i answers to its own points.
         """
         for i in range(len(self.layers)):
-            weight, bias = weights[f"layers.{i}.weight"], weights[f"layers.{i}.bias"]
-            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+            x = stacked_linear(weights, f"layers.{i}", x)
             if i < len(self._squared):
                 x = torch.relu_(x)
                 if self._squared[i]:
@@ -92,9 +91,15 @@ def check_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be at least 1; got {size}")
 
 
-def _linear(dim_in: int, dim_out: int, generator: torch.Generator) -> nn.Linear:
+def xavier_linear(dim_in: int, dim_out: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer, float32 on the CPU: Xavier-uniform weights from `generator`, zero biases."""
     layer = nn.Linear(dim_in, dim_out, device="meta")  # elsewhere it would draw from the global generator
     layer.to_empty(device="cpu")
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def stacked_linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """The linear layers called `name` of m networks: x (m, b, dim_in) to (m, b, dim_out)."""
+    return torch.baddbmm(weights[f"{name}.bias"].unsqueeze(1), x, weights[f"{name}.weight"].mT)
