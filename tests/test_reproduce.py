@@ -22,7 +22,7 @@ from flowfast.experiments.paper.groups import grouped
 from flowfast.experiments.paper.plan import Rank
 from flowfast.experiments.paper.published import published, stored
 from flowfast.experiments.paper.records import read
-from flowfast.experiments.paper.settings import Run, Settings
+from flowfast.experiments.paper.settings import Run, Settings, Variant
 from flowfast.experiments.paper.sources import sources_of
 from flowfast.metrics import relative_mse
 from flowfast.teacher_pairs import PairSource
@@ -107,8 +107,10 @@ def test_requests_name_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tables": (6,)}, "tables must be some of 1, 2, 3, 4, 5; got 6"), ({"tables": ()}, "tables must name"),
         ({"tables": (1, 1)}, "each once"), ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"teachers": ("best",)}, "teacher must be exact, paper or both; got best"),
-        ({"scale": 0.0}, "scale must be above 0"), ({"scale": 2.0}, "scale must be"),
-        ({"precision": "int8"}, "precision must be one of"), ({"only": ("sigma0",)}, "only must be name=value"),
+        ({"variant": Variant(scale=0.0)}, "scale must be above 0"), ({"variant": Variant(scale=2.0)}, "scale must be"),
+        ({"variant": Variant(precision="int8")}, "precision must be one of"),
+        ({"variant": Variant(student="mlp")}, "student must be one of"),
+        ({"only": ("sigma0",)}, "only must be name=value"),
         ({"only": ("sigma=1",)}, "only must name some of"), ({"only": ("t=0.2",)}, "only has no cell with t=0.2"),
         ({"only": ("t=0.5, B=0.1",)}, "names no cell"),
     ],
@@ -207,9 +209,9 @@ def test_a_missing_run_is_a_hole_and_never_a_mean_over_fewer(tmp_path: Path) -> 
 
 
 def test_a_rehearsal_is_smaller_and_says_so() -> None:
-    settings = REAL[5].settings({"grid": "balanced", "segments": 8}, scale=0.02)
+    settings = REAL[5].settings({"grid": "balanced", "segments": 8}, variant=Variant(scale=0.02))
     assert (settings.steps, settings.batch_size, settings.evaluation_rows) == (2_000, 20, 1_000)
-    assert REAL[5].settings({"grid": "balanced", "segments": 16}, scale=1e-4).steps_per_segment() == 20
+    assert REAL[5].settings({"grid": "balanced", "segments": 16}, variant=Variant(scale=1e-4)).steps_per_segment() == 20
     assert Settings().scaled(1.0) == Settings()
 
 
@@ -240,8 +242,8 @@ def test_folders_of_other_experiments_are_refused_and_stay_as_they_are(tmp_path:
     cases: list[tuple[Path, Request, str]] = [
         (job, FEW, "belongs to another experiment"), (full, FEW, "is not empty"), (tmp_path / "file", FEW, "is a file"),
         (tmp_path / "file" / "below", FEW, "cannot be written"),
-        (done, replace(FEW, scale=0.5), "another experiment .scale is 1.0 there, 0.5 here"),
-        (done, replace(FEW, precision="bf16"), "precision is"),
+        (done, replace(FEW, variant=Variant(scale=0.5)), "another experiment .scale is 1.0 there, 0.5 here"),
+        (done, replace(FEW, variant=Variant(precision="bf16")), "precision is"),
     ]  # fmt: skip
     before = {folder: _files(folder) for folder in (job, full, done)}
     for folder, request, reason in cases:
@@ -254,7 +256,7 @@ def test_folders_of_other_experiments_are_refused_and_stay_as_they_are(tmp_path:
 
 def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mode of CUDA"):
-        reproduce(replace(FEW, precision="tf32"), tmp_path / "a")
+        reproduce(replace(FEW, variant=Variant(precision="tf32")), tmp_path / "a")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no CUDA device"):
             reproduce(FEW, tmp_path / "a", device="cuda")

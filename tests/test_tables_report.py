@@ -22,6 +22,7 @@ from flowfast.experiments.paper import TABLES, Request, Summary, summarise
 from flowfast.experiments.paper.plan import Rank, claim
 from flowfast.experiments.paper.published import published
 from flowfast.experiments.paper.records import Record, append
+from flowfast.experiments.paper.settings import Variant
 from flowfast.report.paper import write_tables_report
 from flowfast.report.paper_rows import main_grid, segment_grid
 from flowfast.report.paper_text import findings
@@ -76,7 +77,7 @@ def _folder(folder: Path, request: Request, found: Found = _as_published, leave:
 
 
 def _settings(request: Request, table: Any, cell: Any, teacher: Any) -> Any:
-    return table.settings(cell, teacher, request.scale, request.precision)
+    return table.settings(cell, teacher, request.variant)
 
 
 @cache
@@ -185,7 +186,9 @@ def test_missing_cells_are_not_judged(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_shows_no_difference_and_no_trend(tmp_path: Path) -> None:
-    folder = _folder(tmp_path / "small", Request(tables=(3,), seeds=2, scale=0.02, teachers=("exact", "paper")))
+    folder = _folder(
+        tmp_path / "small", Request(tables=(3,), seeds=2, variant=Variant(scale=0.02), teachers=("exact", "paper"))
+    )
     assert not any(row["difference_in_published_std"] for row in _rows(folder))
     said = findings(summarise(folder), 3)
     assert "rehearsal" in said[-1] and not any("At B =" in sentence for sentence in said)

@@ -99,6 +99,8 @@ class Reproduce:
     """Where to train: cpu or cuda."""
     precision: str = "float32"
     """Of the training steps: float32, tf32 or bf16."""
+    student: str = "transformer"
+    """Student of Table 4: transformer or residual."""
     members: int | None = None
     """Students trained together at most; none chooses by device."""
     jobs: int | None = None

@@ -19,12 +19,20 @@ from flowfast.cli.options import Reproduce, UsageError
 from flowfast.experiments import FolderError
 from flowfast.experiments.paper import TABLES, Progress, Request, Summary, pending, reproduce, summarise
 from flowfast.experiments.paper.plan import Rank
-from flowfast.experiments.paper.settings import Precision, Teacher
+from flowfast.experiments.paper.settings import Precision, Student, Teacher, Variant
 from flowfast.report.numbers import number
 from flowfast.report.paper import write_tables_report
 from flowfast.report.paper_rows import main_grid
 
-NAMED = ("tables", "seeds", "teacher", "scale", "only", "precision")  # errors that begin with an option's name
+NAMED = (
+    "tables",
+    "seeds",
+    "teacher",
+    "scale",
+    "only",
+    "precision",
+    "student",
+)  # errors that begin with an option's name
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal to draw bars on
 
 
@@ -42,9 +50,8 @@ def run(command: Reproduce) -> dict[str, Any]:
             tables=command.tables,
             seeds=command.seeds,
             teachers=cast(tuple[Teacher, ...], command.teacher),  # checked by the request itself
-            scale=command.scale,
             only=command.only,
-            precision=cast(Precision, command.precision),
+            variant=Variant(command.scale, cast(Precision, command.precision), cast(Student, command.student)),
         )
         rank = Rank.from_environment()
     except ValueError as error:
@@ -88,6 +95,7 @@ def _arguments(command: Reproduce) -> list[str]:
     """The call of one process among several."""
     given = ["reproduce", "--json", "--jobs", "1", "--out", str(command.out), "--seeds", str(command.seeds)]
     given += ["--scale", repr(command.scale), "--device", command.device, "--precision", command.precision]
+    given += ["--student", command.student]
     given += ["--tables", *map(str, command.tables), "--teacher", *command.teacher]
     given += ["--only", *command.only] if command.only else []
     return given + (["--members", str(command.members)] if command.members is not None else [])
@@ -105,7 +113,7 @@ def show(summary: Summary) -> None:
         for row in grid.rows:
             box.add_row(*map(escape, row))
         wide.print(box)
-    if summary.scale < 1:
+    if summary.variant.scale < 1:
         wide.print("A rehearsal: errors are not comparable with the published ones.", style="dim")
 
 

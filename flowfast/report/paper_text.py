@@ -18,7 +18,7 @@ def findings(summary: Summary, table: int) -> list[str]:
     else:
         low = pairs
     said = _teacher_sentence([_own(paper, exact) for _, paper, exact in low], table)
-    if summary.scale < 1:
+    if summary.variant.scale < 1:
         return [*said, "This is a rehearsal: its students are trained too little to say more."]
     if table == 3:
         for bound in dict.fromkeys(cell["B"] for cell, _, _ in pairs):

@@ -57,13 +57,14 @@ def evaluate(run: Run, students: Sequence[nn.Module], device: torch.device) -> d
         Diverged: a metric is not finite.
     """
     with torch.inference_mode():
-        errors = [
-            _error(run, source, student)
-            for source, student in zip(sources_of(run, device, evaluation=True), students, strict=True)
-        ]
-        metrics = (
-            {"error": errors[0]} if run.settings.target == "score" else _flow_metrics(run, students, device, errors)
-        )
+        if run.settings.target == "score":
+            metrics: dict[str, Any] = {"error": _error(run, sources_of(run, device)[0], students[0])}
+        else:
+            metrics = _flow_metrics(run, students, device)
+            alone = zip(sources_of(run, device, evaluation=True), students, strict=True)
+            # One segment is the whole flow, whose error is known.
+            segments = [metrics["error"]] if len(students) == 1 else [_error(run, *each) for each in alone]
+            metrics |= {"segments": segments, "worst_segment": max(segments)}
     wrong = [name for name, value in metrics.items() if not all(map(math.isfinite, _numbers(value)))]
     if wrong:
         raise Diverged(f"not finite: {', '.join(wrong)}; the training diverged")
@@ -77,9 +78,7 @@ def _error(run: Run, source: PairSource, student: nn.Module) -> float:
     return error.value()
 
 
-def _flow_metrics(
-    run: Run, students: Sequence[nn.Module], device: torch.device, segments: Sequence[float]
-) -> dict[str, Any]:
+def _flow_metrics(run: Run, students: Sequence[nn.Module], device: torch.device) -> dict[str, Any]:
     settings, times, source = run.settings, times_of(run), whole_flow(run, device)
     mixture, process = source.mixture, source.process
     error, exact_error, teacher_error = Ratio(), Ratio(), Ratio()
@@ -102,8 +101,6 @@ def _flow_metrics(
         "error": error.value(),
         "exact_error": exact_error.value(),
         "teacher_error": teacher_error.value(),
-        "segments": list(segments),
-        "worst_segment": max(segments),
         "times": times,
         "exponents": exponents.tolist(),
         "negative_log_density": density / count,

@@ -45,6 +45,8 @@ def _per_point(settings: Settings) -> float:
     width, depth, dim = settings.width, settings.depth, settings.dim
     if settings.student == "mlp":
         return 2 * dim * width + (depth - 1) * width**2
+    if settings.student == "residual":
+        return depth * (2 * dim * width + width**2)
     return dim * depth * (12 * width**2 + 2 * dim * width)
 
 
@@ -52,7 +54,7 @@ def most_members(settings: Settings, device: torch.device) -> int:
     """Students trained together at most. On a CPU one run at a time, whose segments still go together."""
     if device.type == "cpu":
         return 1
-    return MOST_MLPS if settings.student == "mlp" else max(1, MOST_BLOCKS // settings.depth)
+    return MOST_MLPS if settings.student != "transformer" else max(1, MOST_BLOCKS // settings.depth)
 
 
 def grouped(runs: Sequence[Run], device: torch.device, most: int | None = None) -> list[Group]:

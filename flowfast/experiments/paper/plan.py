@@ -8,19 +8,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flowfast.experiments.folder import MARK as JOB_MARK
 from flowfast.experiments.folder import FolderError
 from flowfast.experiments.paper import filters, tables
-from flowfast.experiments.paper.settings import Precision, Run, Teacher
-from flowfast.experiments.paper.tables import Cell, Table
+from flowfast.experiments.paper.settings import Precision, Run, Student, Teacher, Variant
+from flowfast.experiments.paper.tables import AS_PUBLISHED, Cell, Table
 from flowfast.storage import differences, is_part, read_json, write_json
 
 MARK = "reproduce.json"
 FORMAT = {"experiment": "published tables", "format": 1}
 NOTE_LOCK = ".reproduce.lock"
-PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bf16")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+STUDENTS: tuple[Student, ...] = ("transformer", "residual")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Request:
 
     Args:
         tables: numbers, each once. seeds: runs per cell, with seeds 0 to seeds - 1.
-        teachers: "exact", "paper" or both. scale: in (0, 1]; below 1 a rehearsal, see `Settings.scaled`.
+        teachers: "exact", "paper" or both.
         only: filters such as "sigma0=1, t=0.9"; a cell that agrees with one of them is run. Empty: all cells.
-        precision: of the training steps.
+        variant: scale, precision and the student of Table 4.
 
     Raises:
         ValueError: a value outside these.
@@ -40,9 +41,8 @@ class Request:
     tables: tuple[int, ...] = (1, 2, 3, 4, 5)
     seeds: int = 1
     teachers: tuple[Teacher, ...] = ("exact",)
-    scale: float = 1.0
     only: tuple[str, ...] = ()
-    precision: Precision = "float32"
+    variant: Variant = AS_PUBLISHED
 
     def __post_init__(self) -> None:
         """Refuse values outside the documented ranges."""
@@ -53,10 +53,15 @@ class Request:
         unknown = [name for name in self.teachers if name not in tables.TEACHERS]
         if unknown or not self.teachers or len(set(self.teachers)) < len(self.teachers):
             raise ValueError(f"teacher must be exact, paper or both; got {' '.join(self.teachers) or 'none'}")
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"scale must be above 0 and at most 1; got {self.scale}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        variant = self.variant
+        if not 0 < variant.scale <= 1:
+            raise ValueError(f"scale must be above 0 and at most 1; got {variant.scale}")
+        for name, value, known in (
+            ("precision", variant.precision, PRECISIONS),
+            ("student", variant.student, STUDENTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
         wanted = [tables.table(number) for number in self.tables]
         chosen = [filters.parse(text, wanted) for text in self.only]
         for text, one in zip(self.only, chosen, strict=True):
@@ -79,7 +84,7 @@ class Request:
         found: dict[str, Run] = {}
         for table, cell, teacher in self.cells():
             for seed in range(self.seeds):
-                run = Run(table.settings(cell, teacher, self.scale, self.precision), seed)
+                run = Run(table.settings(cell, teacher, self.variant), seed)
                 found.setdefault(run.digest(), run)
         return list(found.values())
 
@@ -123,8 +128,8 @@ def is_reproduction(folder: str | Path) -> bool:
     return (Path(folder) / MARK).is_file()
 
 
-def read_mark(folder: Path) -> tuple[float, tuple[Request, ...]]:
-    """The folder's scale and all requests that were made there.
+def read_mark(folder: Path) -> tuple[Variant, tuple[Request, ...]]:
+    """How the folder's runs are run, and all requests that were made there.
 
     Raises:
         ValueError: no such folder, or a mark of another version.
@@ -135,25 +140,25 @@ def read_mark(folder: Path) -> tuple[float, tuple[Request, ...]]:
     if {name: mark.get(name) for name in FORMAT} != FORMAT:
         raise ValueError(f"{folder / MARK} is of another version of flowfast: choose another folder")
     try:
-        requests = tuple(_request(each) for each in mark["requests"])
-        return float(mark["scale"]), requests
+        variant = Variant(**mark["variant"])
+        return variant, tuple(_request(each, variant) for each in mark["requests"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / MARK} was not written by this version of flowfast: {error}") from error
 
 
-def _request(stored: Mapping[str, Any]) -> Request:
+def _request(stored: Mapping[str, Any], variant: Variant) -> Request:
     values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-    return Request(**values)
+    return Request(**values, variant=variant)
 
 
 @contextmanager
 def claim(folder: Path, request: Request, rank: Rank) -> Iterator[None]:
     """Hold this rank's place in `folder` while the block runs, and note the request there.
 
-    Tables, seeds, teachers and cells may be added by further calls; the scale and the precision may not change.
+    Tables, seeds, teachers and cells may be added by further calls; the variant may not change.
 
     Raises:
-        FolderError: the folder belongs to something else or to another scale, holds other files, is in use by
+        FolderError: the folder belongs to something else or to another variant, holds other files, is in use by
             this rank, or cannot be written.
     """
     try:
@@ -177,7 +182,9 @@ def check(folder: Path, request: Request) -> None:
         raise FolderError(f"{folder} is a file, not a folder: choose another one")
     if is_reproduction(folder):
         mark = read_json(folder / MARK, "mark of the tables")
-        differing = differences({n: v for n, v in mark.items() if n != "requests"}, _identity(request))
+        differing = differences({n: v for n, v in mark.items() if n != "requests"}, _identity(request)).replace(
+            "variant.", ""
+        )
         if differing:
             raise FolderError(f"{folder} belongs to another experiment ({differing}): choose another folder")
     elif (folder / JOB_MARK).is_file():
@@ -191,7 +198,7 @@ def _own(entry: Path) -> bool:
 
 
 def _identity(request: Request) -> dict[str, Any]:
-    return {**FORMAT, "scale": request.scale, "precision": request.precision}
+    return {**FORMAT, "variant": asdict(request.variant)}
 
 
 def _note(folder: Path, request: Request) -> None:
@@ -200,5 +207,6 @@ def _note(folder: Path, request: Request) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_json(folder / MARK, "mark of the tables")["requests"] if is_reproduction(folder) else []
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(request).items()}
+        del plain["variant"]
         if plain not in known:
             write_json(folder / MARK, {**_identity(request), "requests": [*known, plain]})

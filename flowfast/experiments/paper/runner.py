@@ -114,7 +114,7 @@ def _place(request: Request, device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be cpu or cuda; got {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there; got {device}, and torch finds no CUDA device")
-    if request.precision == "tf32" and place.type != "cuda":
+    if request.variant.precision == "tf32" and place.type != "cuda":
         raise ValueError(f"precision 'tf32' is a mode of CUDA; the device is {device}: use float32")
     return place
 
@@ -123,7 +123,7 @@ def names_of(request: Request) -> dict[str, str]:
     """What each run is called, by digest: the first cell that it serves, and its seed."""
     found: dict[str, str] = {}
     for table, cell, teacher in request.cells():
-        settings = table.settings(cell, teacher, request.scale, request.precision)
+        settings = table.settings(cell, teacher, request.variant)
         known = f", {teacher} teacher" if len(table.teachers()) > 1 else ""
         for seed in range(request.seeds):
             said = f"Table {table.number}: {tables.name_of(cell)}{known}, seed {seed}"

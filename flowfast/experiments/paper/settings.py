@@ -13,7 +13,7 @@ from flowfast.students.mlp import Activation
 
 Target = Literal["score", "flow"]
 Teacher = Literal["exact", "paper"]
-Student = Literal["mlp", "transformer"]
+Student = Literal["mlp", "transformer", "residual"]
 Precision = Literal["float32", "tf32", "bf16"]
 
 LEAST_BATCH, LEAST_ROWS, LEAST_STEPS = 16, 1_000, 20
@@ -31,7 +31,7 @@ class Settings:
         teacher: of the flow: "exact", or "paper": classical Runge-Kutta uniform in t.
         teacher_steps: of the paper's teacher over [0, time], which an exact one is compared with, too; a segment takes
             its share by length.
-        student: kind of network. width: of its layers. depth: hidden layers, or blocks of a transformer.
+        student: kind of network. width: of its layers. depth: hidden layers of an "mlp", or blocks.
         activation: of an "mlp".
         weight_bound: every weight matrix is clamped to [-B, B] after each step; None leaves them free.
         steps: optimiser steps in all, shared evenly by the segments.
@@ -87,6 +87,20 @@ class Settings:
         return GaussianMixture.random(
             self.components, self.dim, half_width=self.half_width, std=self.std, seed=seed if self.own_means else 0
         )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the tables are run where the paper leaves a choice, the same for everything in one folder.
+
+    Args:
+        scale: in (0, 1]; below 1 a rehearsal, see `Settings.scaled`. precision: of the training steps.
+        student: of Table 4: "transformer", or "residual" (blocks x + h v with an inner network each).
+    """
+
+    scale: float = 1.0
+    precision: Precision = "float32"
+    student: Student = "transformer"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from flowfast.experiments.paper.plan import Request, read_mark
 from flowfast.experiments.paper.published import Figure, published
 from flowfast.experiments.paper.records import Record, read
-from flowfast.experiments.paper.settings import Run, Teacher
+from flowfast.experiments.paper.settings import Run, Teacher, Variant
 from flowfast.experiments.paper.tables import TABLES, Cell, Table
 
 
@@ -74,13 +74,13 @@ class Summary:
     """Everything a folder of results says.
 
     Args:
-        folder: where. scale: 1, or of a rehearsal. tables: numbers that were asked for, in order.
+        folder: where. variant: how its runs were run. tables: numbers that were asked for, in order.
         results: by table number, cell (as a tuple of values) and teacher.
         wanted: digests of all runs that were asked for. records: all finished runs, by digest.
     """
 
     folder: Path
-    scale: float
+    variant: Variant
     tables: tuple[int, ...]
     results: Mapping[tuple[int, tuple[Any, ...], Teacher], CellResult]
     wanted: frozenset[str]
@@ -108,11 +108,11 @@ def summarise(folder: str | Path) -> Summary:
         ValueError: no such folder, or a damaged line; the message names it.
     """
     folder = Path(folder)
-    scale, requests = read_mark(folder)
-    return gather(folder, scale, requests, read(folder))
+    variant, requests = read_mark(folder)
+    return gather(folder, variant, requests, read(folder))
 
 
-def gather(folder: Path, scale: float, requests: tuple[Request, ...], records: Mapping[str, Record]) -> Summary:
+def gather(folder: Path, variant: Variant, requests: tuple[Request, ...], records: Mapping[str, Record]) -> Summary:
     """Sort records into the cells that the requests name."""
     wanted: dict[tuple[int, tuple[Any, ...], Teacher], int] = {}
     for request in requests:
@@ -120,14 +120,13 @@ def gather(folder: Path, scale: float, requests: tuple[Request, ...], records: M
             key = table.number, tuple(cell.values()), teacher
             wanted[key] = max(wanted.get(key, 0), request.seeds)
     numbers = tuple(number for number in TABLES if any(key[0] == number for key in wanted))
-    precision = requests[0].precision if requests else "float32"
     results = {}
     for number in numbers:
         table = TABLES[number]
         for cell in table.cells():
             for teacher in table.teachers():
                 key = number, tuple(cell.values()), teacher
-                settings = table.settings(cell, teacher, scale, precision)
+                settings = table.settings(cell, teacher, variant)
                 digests = [Run(settings, seed).digest() for seed in range(wanted.get(key, 0))]
                 results[key] = CellResult(
                     table=table,
@@ -136,7 +135,7 @@ def gather(folder: Path, scale: float, requests: tuple[Request, ...], records: M
                     wanted=wanted.get(key, 0),
                     records=tuple(records[name] for name in digests if name in records),
                     published=published(table, cell),
-                    comparable=scale == 1,
+                    comparable=variant.scale == 1,
                 )
     everything = frozenset(run.digest() for request in requests for run in request.runs())
-    return Summary(folder, scale, numbers, results, everything, records)
+    return Summary(folder, variant, numbers, results, everything, records)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from flowfast.experiments.paper.settings import Precision, Settings, Teacher
+from flowfast.experiments.paper.settings import Settings, Teacher, Variant
 
 Cell: TypeAlias = Mapping[str, Any]
 """Place in a table: axis names to values, in the table's order."""
@@ -23,6 +23,7 @@ FIELDS = {
     "grid": "grid",
     "segments": "segments",
 }
+AS_PUBLISHED = Variant()
 TEACHERS: tuple[Teacher, ...] = ("exact", "paper")
 
 
@@ -55,16 +56,17 @@ class Table:
         """The teachers that differ in this table: both, or for a closed form the exact one alone."""
         return TEACHERS if self.base.target == "flow" else ("exact",)
 
-    def settings(
-        self, cell: Cell, teacher: Teacher = "exact", scale: float = 1.0, precision: Precision = "float32"
-    ) -> Settings:
+    def settings(self, cell: Cell, teacher: Teacher = "exact", variant: Variant = AS_PUBLISHED) -> Settings:
         """What is trained in `cell` under `teacher`; a closed form knows one teacher only."""
-        settings = replace(self.base, precision=precision, **{FIELDS[name]: value for name, value in cell.items()})
+        named = {FIELDS[name]: value for name, value in cell.items()}
+        settings = replace(self.base, precision=variant.precision, **named)
+        if settings.student != "mlp":
+            settings = replace(settings, student=variant.student)
         if settings.segments == 1:
             settings = replace(settings, grid="uniform")  # one segment is one segment on every grid: one run
         if settings.target == "flow":
             settings = replace(settings, teacher=teacher)
-        return settings.scaled(scale)
+        return settings.scaled(variant.scale)
 
 
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

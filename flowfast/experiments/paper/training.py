@@ -16,7 +16,7 @@ from flowfast.experiments.paper.groups import Group
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.sources import sources_of
 from flowfast.seeds import generator_for
-from flowfast.students import MLP
+from flowfast.students import MLP, ResidualFlowMap, TransformerFlowMap
 from flowfast.teacher_pairs import TeacherPairs
 
 UNFINISHED = "unfinished"
@@ -101,9 +101,9 @@ def student_of(run: Run, segment: int) -> nn.Module:
     """A fresh student with weights from a stream of its own, float32."""
     settings, generator = run.settings, generator_for(run.seed, "student", segment)
     if settings.student == "transformer":
-        from flowfast.students import TransformerFlowMap
-
         return TransformerFlowMap(settings.dim, width=settings.width, blocks=settings.depth, generator=generator)
+    if settings.student == "residual":
+        return ResidualFlowMap(settings.dim, width=settings.width, blocks=settings.depth, generator=generator)
     return MLP(
         settings.dim,
         settings.dim,
