@@ -11,6 +11,8 @@ from typing import IO
 
 from flowfast.cli.options import UsageError
 
+_COMMAND = [sys.executable, "-m", "flowfast"]
+
 
 def cores() -> int:
     """Processor cores that this process may use."""
@@ -27,7 +29,7 @@ def run_jobs(arguments: Sequence[str], jobs: int) -> None:
     running = []
     for rank in range(jobs):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(jobs), "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "flowfast", *arguments]
+        command = [*_COMMAND, *arguments]
         running.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )

@@ -151,7 +151,7 @@ class _Lines:
 
     def __call__(self, event: Progress) -> None:
         now, label = time.monotonic(), event.label
-        if label != self._label or now - self._last > LINE_EVERY:
+        if label != self._label or now - self._last > LINE_EVERY or event.runs_done == event.runs:
             self._label, self._last = label, now
             of = f"{event.stage} {event.done:,} of {event.total:,}{_loss(event)}"
             print(f"{event.runs_done} of {event.runs} runs; {label}: {of}", file=sys.stderr, flush=True)
