@@ -57,7 +57,10 @@ def run_jobs(arguments: Sequence[str], jobs: int) -> None:
 
 def _forward(stream: IO[str] | None, rank: int, last: list[str]) -> None:
     """Pass on the lines of one process; the last one is kept and, when it is a complaint, left to the caller."""
-    for line in stream or ():
-        last[rank] = line.rstrip("\n")
-        if not line.startswith("flowfast: "):
-            print(f"[{rank}] {last[rank]}", file=sys.stderr, flush=True)
+    if stream is None:
+        return
+    with stream:
+        for line in stream:
+            last[rank] = line.rstrip("\n")
+            if not line.startswith("flowfast: "):
+                print(f"[{rank}] {last[rank]}", file=sys.stderr, flush=True)
