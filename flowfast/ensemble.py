@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,9 +24,12 @@ _FORMAT = {"format": "flowfast ensemble", "version": 1}
 class Ensemble:
     """M students of equal shape under AdamW, each with its own loss, gradient clip, moments and weight bound.
 
-    A member's result is that of training it alone. On the CPU, where members are trained one after the other
-    (`together=1`), this holds to the bit for a given number of torch threads, whoever else is in the ensemble; members
+    A member's result is that of training it alone. On the CPU, where each member is a stack of its own
+    (`together=1`), this holds to the bit, whoever else is in the ensemble and however many threads there are; members
     of one stack of batched products (`together` > 1, the default elsewhere) agree with it to rounding.
+
+    On the CPU as many stacks are at work at once as torch.get_num_threads() allows, each on `threads` of them: a
+    product on all cores waits for the slowest core at every layer. Meanwhile torch.get_num_threads() is `threads`.
 
     Args:
         students: M >= 1 modules that map (b, d_in) to (b, d_out), of one class, structure, dtype and device; their
@@ -39,8 +43,10 @@ class Ensemble:
         bound_biases: clamp biases too.
         precision: of the products: "float32", "tf32" (CUDA only), or "bf16" (autocast; the weights stay as they are).
         compile: pass the loss through torch.compile.
-        together: members per stack of batched products, >= 1. None is 1 on the CPU, where a stack spares nothing, and
-            M elsewhere.
+        together: members per stack of batched products, >= 1. None is 1 on the CPU, where batched products spare
+            nothing, and M elsewhere.
+        threads: of torch per stack on the CPU, >= 1. More serve few members on an idle machine; the bits may depend on
+            their number.
 
     Raises:
         TypeError, ValueError: an argument outside these ranges, or students that differ in shape.
@@ -58,6 +64,7 @@ class Ensemble:
         precision: Precision = "float32",
         compile: bool = False,
         together: int | None = None,
+        threads: int = 1,
     ) -> None:
         _check_students(students)
         for name, value, least in (
@@ -76,7 +83,9 @@ class Ensemble:
         if together is None:
             together = 1 if self.device.type == "cpu" else self.size
         check_size("together", together)
-        self._together = together
+        check_size("threads", threads)
+        self._together, self._threads = together, threads
+        self._pool: ThreadPoolExecutor | None = None
         bounds = _bounds(weight_bound, self.size)
         losses = torch.compile(mean_squared_errors) if compile else mean_squared_errors
         self._stacks = []
@@ -103,24 +112,15 @@ class Ensemble:
                 f"x and y must have shapes ({self.size}, b, d_in) and ({self.size}, b, d_out); "
                 f"got {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        with _products_in(self.precision, self.device):
-            losses = [
-                stack.step(x_part, y_part, self.learning_rate)
-                for stack, x_part, y_part in zip(
-                    self._stacks, x.split(self._together), y.split(self._together), strict=True
-                )
-            ]
+        losses = self._each(lambda stack, *pairs: stack.step(*pairs, self.learning_rate), x, y)
         self.done += 1
-        return torch.cat(losses)
+        return losses
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Answers of every member to its own points: x (M, n, d_in) to (M, n, d_out), without gradient."""
         if x.ndim != 3 or x.shape[0] != self.size:
             raise ValueError(f"x must have shape ({self.size}, n, d_in); got {tuple(x.shape)}")
-        with _products_in(self.precision, self.device):
-            parts = zip(self._stacks, x.split(self._together), strict=True)
-            return torch.cat([stack(part) for stack, part in parts]).to(x.dtype)
+        return self._each(lambda stack, points: stack.predict(points), x).to(x.dtype)
 
     def member(self, i: int) -> nn.Module:
         """A copy of member i, 0 to M - 1, as a module of its own, in evaluation mode."""
@@ -154,6 +154,31 @@ class Ensemble:
             part = slice(i * self._together, (i + 1) * self._together)
             stack.restore({name: value[part] for name, value in tensors.items()}, about["step"])
         self.done = about["step"]
+
+    def _each(self, work: Callable[..., Tensor], *sides: Tensor) -> Tensor:
+        """What `work` makes of every stack and its rows of `sides`, joined along the members."""
+        jobs = list(zip(self._stacks, *(side.split(self._together) for side in sides), strict=True))
+        if self.device.type != "cpu":
+            with _products_in(self.precision, self.device):
+                return torch.cat([work(*job) for job in jobs])
+
+        def run(stack: Stack, *parts: Tensor) -> Tensor:
+            torch.set_num_threads(self._threads)  # precision and threads are settings of each thread
+            with _products_in(self.precision, self.device):
+                return work(stack, *parts)
+
+        allowed = torch.get_num_threads()
+        workers = min(max(1, allowed // self._threads), len(jobs))
+        if workers > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(workers)
+        try:
+            if workers == 1 or self._pool is None:
+                return torch.cat([run(*job) for job in jobs])
+            waiting = [self._pool.submit(run, *job) for job in jobs]
+            wait(waiting)
+            return torch.cat([future.result() for future in waiting])
+        finally:
+            torch.set_num_threads(allowed)
 
 
 @contextmanager

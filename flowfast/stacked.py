@@ -44,8 +44,9 @@ class Stack:
             weight.requires_grad_()
         self._optimiser = torch.optim.AdamW(list(self._weights.values()), weight_decay=weight_decay, fused=True)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(m, b, d_in) to (m, b, d_out)."""
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Answers (m, n, d_out) to x (m, n, d_in), without gradient."""
         return _forward(self._students, self._weights | self._buffers, x)
 
     def step(self, x: Tensor, y: Tensor, learning_rate: float) -> Tensor:

@@ -22,6 +22,15 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Plain torch on all cores takes a hundred times longer here when the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -96,6 +105,34 @@ def test_a_member_does_not_notice_the_others(kind):
     assert torch.equal(trained(other, (5, 1))[1:], losses)
     assert same_bits(ensemble.member(1), alone.member(0)) and same_bits(other.member(1), alone.member(0))
     assert not same_bits(ensemble.member(1), ensemble.member(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_no_bits(kind):
+    """Members at work at the same time, and a member alone where there are more threads than members."""
+    one, many, alone = Ensemble(students(kind)), Ensemble(students(kind)), Ensemble(students(kind, (2,)))
+    x, _ = data(99)
+    losses, out = trained(one), one.predict(x)
+    torch.set_num_threads(2)
+    assert torch.equal(trained(many), losses) and torch.equal(many.predict(x), out)
+    trained(alone, (2,))
+    assert torch.get_num_threads() == 2  # as it was
+    assert all(same_bits(one.member(i), many.member(i)) for i in range(3))
+    assert same_bits(one.member(2), alone.member(0))
+
+
+def test_more_threads_per_member_agree_to_rounding():
+    one, more = Ensemble(students()), Ensemble(students(), threads=2)
+    losses = trained(one, steps=range(2))
+    torch.set_num_threads(2)
+    torch.testing.assert_close(trained(more, steps=range(2)), losses, rtol=1e-5, atol=0)
+
+
+def test_an_error_in_a_thread_is_raised_and_leaves_the_number_of_threads():
+    torch.set_num_threads(2)
+    with pytest.raises(ValueError, match="y must have the shape of the students' answers"):
+        Ensemble(students()).step(X, Y[..., :1])
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("kind", ["relu", "residual", "transformer"])
@@ -265,6 +302,7 @@ X, Y = data(0)
         (lambda: Ensemble(students(), weight_bound="b"), TypeError, "weight_bound must be None, a number or 3"),
         (lambda: Ensemble(students(), precision="fp8"), ValueError, "precision must be one of float32, tf32, bf16"),
         (lambda: Ensemble(students(), precision="tf32"), ValueError, "'tf32' is a mode of CUDA"),
+        (lambda: Ensemble(students(), threads=0), ValueError, "threads must be at least 1"),
         (lambda: Ensemble(students(), together=0), ValueError, "together must be at least 1"),
         (lambda: Ensemble(students()).step(X[:2], Y[:2]), ValueError, r"shapes \(3, b, d_in\)"),
         (lambda: Ensemble(students()).step(X, Y[:, :9]), ValueError, r"got \(3, 48, 6\) and \(3, 9, 6\)"),
