@@ -18,7 +18,7 @@ from tiny_tables import KILLED
 from flowfast.experiments import FolderError
 from flowfast.experiments.paper import TABLES, Progress, Request, Summary, reproduce, summarise
 from flowfast.experiments.paper.evaluation import Ratio
-from flowfast.experiments.paper.groups import grouped
+from flowfast.experiments.paper.groups import grouped, share
 from flowfast.experiments.paper.plan import Rank
 from flowfast.experiments.paper.published import published, stored
 from flowfast.experiments.paper.records import read
@@ -129,6 +129,24 @@ def test_groups_hold_runs_of_equal_shape_within_the_limit() -> None:
     assert max(len(group.runs) for group in groups) == 20, "cells of a table go together"
     assert all(len(group.runs) == 1 for group in grouped(runs, CPU))
     assert len({group.digest() for group in groups}) == len(groups)
+
+
+def test_processes_get_shares_of_equal_cost() -> None:
+    """The costliest transformer has half of Table 4's cost: it goes alone to one of two processes."""
+    groups = grouped([Run(REAL[4].settings(cell), 0) for cell in REAL[4].cells()], CPU)
+    shares = [share(groups, rank, 2) for rank in range(2)]
+    assert [[group.runs[0].settings.depth for group in one] for one in shares] == [[16], [1, 2, 4, 8]]
+    many = grouped(Request(seeds=3).runs(), CPU)
+    shares = [share(many, rank, 7) for rank in range(7)]
+    assert sorted(group.digest() for one in shares for group in one) == sorted(group.digest() for group in many)
+
+
+@pytest.mark.parametrize("student", ["transformer", "residual"])
+def test_tables_with_blocks_train_either_student(student: Any, tmp_path: Path) -> None:
+    request = Request(tables=(4,), only=("blocks=2",), variant=Variant(student=student))
+    found = reproduce(request, tmp_path).results[4, (2,), "exact"]
+    assert found.complete and found.records[0].settings["student"] == student
+    assert 0 < found.records[0].metrics["error"] < 2
 
 
 def test_a_run_is_evaluated_as_the_protocol_says(tmp_path: Path) -> None:
