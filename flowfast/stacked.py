@@ -116,7 +116,7 @@ def mean_squared_errors(students: nn.Module, tensors: Mapping[str, Tensor], x: T
 
 def _forward(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """A structure with stacked tensors (m, ...), applied to x (m, b, d_in)."""
-    if isinstance(students, MLP | TransformerFlowMap):
+    if type(students) is MLP or type(students) is TransformerFlowMap:  # a subclass may have a forward of its own
         return students.stacked(tensors, x)
     if len(x) == 1:  # vmap over one member would cost kernels that know no batches
         one = {name: value.squeeze(0) for name, value in tensors.items()}
