@@ -15,6 +15,7 @@ import tiny_tables
 import torch
 from tiny_tables import KILLED
 
+from flowfast import OUProcess, time_grid
 from flowfast.experiments import FolderError
 from flowfast.experiments.paper import TABLES, Progress, Request, Summary, reproduce, summarise
 from flowfast.experiments.paper.evaluation import Ratio
@@ -95,8 +96,8 @@ def test_requests_name_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Request(tables=(1, 2, 3, 4, 5), seeds=10, teachers=("exact", "paper"))
     runs = whole.runs()
     assert len(runs) == len({run.digest() for run in runs})
-    # Tables 1 and 2 share sigma0 = 0.1 at width 512; one segment is the same run on all four grids.
-    assert len(runs) == 10 * (15 + 25 - 5 + 2 * 16 + 2 * 5 + 2 * (1 + 4 * 4))
+    # Tables 1 and 2 share sigma0 = 0.1 at width 512; one segment is the same run on all four grids; signed is balanced.
+    assert len(runs) == 10 * (15 + 25 - 5 + 2 * 16 + 2 * 5 + 2 * (1 + 3 * 4))
     assert len(Request(tables=(1, 2), only=("sigma0=1, t=0.9", "width=128")).runs()) == 6
     assert len(Request(tables=(1,), teachers=("paper",)).runs()) == 15, "a closed form has one teacher"
 
@@ -118,6 +119,16 @@ def test_requests_name_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_requests_refuse_wrong_values_by_name(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Request(**values)
+
+
+def test_at_std_one_the_signed_grid_is_the_balanced_one() -> None:
+    mixture, process = REAL[5].base.mixture(0), OUProcess(5.0)
+    grids = [time_grid(mixture, process, 8, kind=kind) for kind in ("signed", "balanced")]
+    assert torch.equal(*grids)
+    cells = [{"grid": kind, "segments": 8} for kind in ("signed", "balanced", "measured")]
+    signed, balanced, measured = (REAL[5].settings(cell) for cell in cells)
+    assert signed == balanced != measured
+    assert replace(REAL[5], base=replace(REAL[5].base, std=0.5)).settings(cells[0]).grid == "signed"
 
 
 def test_groups_hold_runs_of_equal_shape_within_the_limit() -> None:

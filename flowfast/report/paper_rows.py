@@ -85,7 +85,8 @@ def _compositions(summary: Summary) -> Grid:
             )
     heads = ("grid", "segments", "teacher", "published", "ours", "difference", "worst segment, published", "ours")
     caption = (
-        f"{_CAPTION} The error is that of the composed students. One segment is the same student on every grid. "
+        f"{_CAPTION} The error is that of the composed students. One segment is the same student on every "
+        "grid, and at sigma0 = 1 the signed grid is the balanced one. "
         "−log p₀ is the mean over the generated points, in nats."
     )
     return Grid((*heads, "−log p₀, published", "ours", "seeds"), tuple(rows), caption)

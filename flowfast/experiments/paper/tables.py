@@ -62,8 +62,12 @@ class Table:
         settings = replace(self.base, precision=variant.precision, **named)
         if settings.student != "mlp":
             settings = replace(settings, student=variant.student)
+        # The same cut by another name is the same run: one segment on any grid; at std = 1, where s_t = 1 always and
+        # the signed exponent is the paper's, the signed and the balanced grid.
         if settings.segments == 1:
-            settings = replace(settings, grid="uniform")  # one segment is one segment on every grid: one run
+            settings = replace(settings, grid="uniform")
+        elif settings.grid == "signed" and settings.std == 1:
+            settings = replace(settings, grid="balanced")
         if settings.target == "flow":
             settings = replace(settings, teacher=teacher)
         return settings.scaled(variant.scale)
