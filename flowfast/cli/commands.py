@@ -22,6 +22,7 @@ from flowfast.cli.options import (
     Doctor,
     JobOptions,
     Report,
+    Reproduce,
     Sample,
     Stability,
     UsageError,
@@ -37,11 +38,13 @@ from flowfast.experiments import (
     sample_job,
 )
 from flowfast.experiments.figure_arrays import profile_arrays
+from flowfast.experiments.paper import is_reproduction
 from flowfast.grids import KINDS, GridKind, time_grid
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.report import write_report
 from flowfast.report.numbers import seconds
+from flowfast.report.paper import write_tables_report
 from flowfast.stability import cumulative_stability, stability_regimes
 from flowfast.storage import write_bytes
 
@@ -73,6 +76,8 @@ def run(command: Command) -> int:
                 settings = replace(settings, image_shape=command.image_shape)
                 settings.check_dim(mixture.dim)
             return _job(command, mixture, settings, command.out)
+        case Reproduce():
+            return _reproduce(command)
         case Sample():
             return _sample(command)
         case Stability():
@@ -211,10 +216,25 @@ def _drawing(mixture: GaussianMixture, process: OUProcess, numbers: Mapping[str,
     return figures.to_file(figures.profile(arrays, numbers["regimes"]), kind)
 
 
+def _reproduce(command: Reproduce) -> int:
+    from flowfast.cli import reproduce
+
+    done = reproduce.run(command)
+    if command.json:
+        _print_json(done)
+    elif done["report"] is not None:
+        print(done["report"])
+    return 0
+
+
 def _report(command: Report) -> int:
-    with _arguments("FOLDER"):
-        JobResult.load(command.folder)
-    path = write_report(command.folder)
+    if is_reproduction(command.folder):
+        with _arguments("FOLDER"):
+            path = write_tables_report(command.folder)
+    else:
+        with _arguments("FOLDER"):
+            JobResult.load(command.folder)
+        path = write_report(command.folder)
     _print_json({"report": str(path)}) if command.json else print(path)
     return 0
 

@@ -10,6 +10,9 @@ from tyro.conf import Positional, arg, subcommand
 
 Grids = Annotated[tuple[str, ...], arg(metavar="KIND [KIND ...]")]
 ImageShape = Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH")]
+Tables = Annotated[tuple[int, ...], arg(metavar="NUMBER [NUMBER ...]")]
+Teachers = Annotated[tuple[str, ...], arg(metavar="TEACHER [TEACHER]")]
+Filters = Annotated[tuple[str, ...], arg(metavar="FILTER [FILTER ...]")]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
 Plot = Annotated[tuple[Path, ...] | None, arg(metavar="[FILE]")]
 
@@ -77,6 +80,38 @@ class Distill(JobOptions, MixtureFile):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run the published tables again. Stopped and called again, it goes on; further calls may add tables and seeds."""
+
+    out: Path = Path("runs/tables")
+    """Folder of results."""
+    tables: Tables = (1, 2, 3, 4, 5)
+    """Which tables."""
+    seeds: int = 1
+    """Runs per cell; the published tables have 10."""
+    teacher: Teachers = ("exact",)
+    """Teacher of Tables 3 to 5: exact, paper, or both."""
+    scale: float = 1.0
+    """Share of the published optimiser steps, batch and evaluation points; below 1 a rehearsal."""
+    only: Filters = ()
+    """Only cells that agree with one of these, such as "sigma0=1, t=0.9"."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda."""
+    precision: str = "float32"
+    """Of the training steps: float32, tf32 or bf16."""
+    student: str = "transformer"
+    """Student of Table 4: transformer or residual."""
+    members: int | None = None
+    """Students trained together at most; none chooses by device."""
+    jobs: int | None = None
+    """Processes on this machine; none is one per core on the CPU, with one thread each, and one on a GPU."""
+    engine: Literal["local"] = "local"
+    """Who starts processes: this machine. RANK and WORLD_SIZE, or a SLURM array, divide runs among processes, too."""
+    json: bool = False
+    """Print what was done as JSON on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draw samples from a distilled student."""
 
@@ -122,10 +157,10 @@ class Doctor:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the report of a finished job again from its stored results: the same bytes."""
+    """Draw a report again from stored results: the same bytes."""
 
     folder: Folder
-    """Folder of a finished job."""
+    """Folder of a finished job, or of results of `flowfast reproduce`."""
     json: bool = False
     """Print the report's path as JSON on stdout."""
 
@@ -147,6 +182,7 @@ class Bench:
 Command = (
     Annotated[Digits, subcommand("digits")]
     | Annotated[Distill, subcommand("distill")]
+    | Annotated[Reproduce, subcommand("reproduce")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Stability, subcommand("stability")]
     | Annotated[Doctor, subcommand("doctor")]

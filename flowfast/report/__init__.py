@@ -41,13 +41,14 @@ def write_report(folder: str | Path) -> Path:
         ValueError: no finished job there. ModuleNotFoundError: matplotlib or jinja2 is missing.
     """
     result = JobResult.load(folder)
-    page = _environment().get_template(TEMPLATE).render(**_content(result))
+    page = environment().get_template(TEMPLATE).render(**_content(result))
     path = result.folder / REPORT
     write_bytes(path, page.encode())
     return path
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Jinja's environment for the pages of this package: strict, escaping, with the filters for numbers."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ModuleNotFoundError as error:

@@ -130,7 +130,7 @@ def profile(arrays: Mapping[str, Array], regimes: Mapping[str, Any]) -> Figure:
                 )  # fmt: skip
         axes.set_xlabel("time t (data on the left, noise on the right)")
         axes.set_ylabel("L(t), per unit of time")
-        _powers(axes, "xy")
+        tick_powers(axes, "xy")
     return figure
 
 
@@ -152,7 +152,7 @@ def grid_points(grids: Sequence[GridResult]) -> Figure:
         room = (high / low) ** 0.02
         right.set(xscale="log", xlim=(high * room, low / room))
         right.set_xlabel("square root of the signal-to-noise ratio, r (large is data)")
-        _powers(right, "x")
+        tick_powers(right, "x")
         for axes in (left, right):
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
@@ -177,7 +177,7 @@ def segment_errors(grids: Sequence[GridResult]) -> Figure:
             axes.set_xlabel("segment (noise first, data last)")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
             axes.set_xlim(0.7, len(segments) + 0.3)
-            _powers(axes, "y")
+            tick_powers(axes, "y")
         panels[1].legend([grid.kind for grid in grids], title="grid", loc="best")
     return figure
 
@@ -199,7 +199,7 @@ def error_shares(levels: Array, errors: Mapping[str, Array]) -> Figure:
         axes.set_xlabel("distance from the teacher's end point, in units of the samples' root mean square norm")
         axes.set_ylabel("samples within it, per cent")
         axes.grid(True, axis="both")
-        _powers(axes, "x")
+        tick_powers(axes, "x")
         axes.legend(title="grid", loc="upper left")
     return figure
 
@@ -250,7 +250,7 @@ def _label(axes: Axes, x: float, text: str, *, wide: float) -> None:
     )  # fmt: skip
 
 
-def _powers(axes: Axes, which: str) -> None:
+def tick_powers(axes: Axes, which: str) -> None:
     """Tick labels of logarithmic axes as plain text, which a page can set in its own font."""
     for axis in ([axes.xaxis] if "x" in which else []) + ([axes.yaxis] if "y" in which else []):
         axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))

@@ -1,0 +1,186 @@
+"""The runner: every group that a request still needs is trained, evaluated and stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowfast import backends
+from flowfast.experiments.machine import machine, versions
+from flowfast.experiments.paper import records, tables
+from flowfast.experiments.paper.evaluation import Diverged, evaluate
+from flowfast.experiments.paper.groups import Group, grouped, share
+from flowfast.experiments.paper.plan import Rank, Request, check, claim
+from flowfast.experiments.paper.records import Record
+from flowfast.experiments.paper.settings import Run
+from flowfast.experiments.paper.summary import Summary, summarise
+from flowfast.experiments.paper.training import Training
+
+PACKAGES = ("flowfast", "torch", "numpy", "scipy", "safetensors")
+CHECKPOINT_EVERY = 60.0  # seconds; a kill costs at most these, and the evaluation in progress
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One sign of life.
+
+    Args:
+        stage: "training" or "evaluation". label: which runs. done, total: optimiser steps, or runs evaluated, of the
+            group. runs_done, runs: of this process's share. loss: mean over the group's students, while training.
+    """
+
+    stage: str
+    label: str
+    done: int
+    total: int
+    runs_done: int
+    runs: int
+    loss: float | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def reproduce(
+    request: Request,
+    out: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    rank: Rank | None = None,
+    listener: Listener | None = None,
+    most: int | None = None,
+    checkpoint_every: float = CHECKPOINT_EVERY,
+) -> Summary:
+    """Run what `request` asks for and `out` does not hold yet; stopped and called again, it goes on.
+
+    Training goes on from a checkpoint of the group; its numbers are those of a training that was never stopped. An
+    evaluation that was stopped is done again.
+
+    Args:
+        request: tables, seeds, teachers, scale, cells.
+        out: folder of results; made when it does not exist, extended when it holds results of the same scale.
+        device: of training, teacher and evaluation.
+        rank: this process's share of the groups; None takes all of them.
+        listener: called now and then.
+        most: students trained together at most; None chooses by device.
+        checkpoint_every: seconds.
+
+    Returns:
+        What the folder says now, runs of other processes included.
+
+    Raises:
+        ValueError: a device or backend that is not there, or a damaged line of results.
+        FolderError: a ValueError too: `out` belongs to something else, is in use or cannot be written.
+        RuntimeError: some run diverged; all others are stored.
+    """
+    place, folder, rank = _place(request, device), Path(out), rank or Rank()
+    backend = backends.choose("auto", place)
+    runs = request.runs()
+    records.read(folder)  # a damaged line is refused before anything is written
+    with claim(folder, request, rank):
+        finished = set(records.read(folder))
+        # Groups are formed of all runs, finished or not: a group that is gone on with is the group that was stopped.
+        groups = share(grouped(runs, place, most), rank.rank, rank.world)
+        work = _Work(folder, place, f"{backend} on {place.type}", rank, listener, checkpoint_every, names_of(request))
+        work.count(groups, finished)
+        for group in groups:
+            work.finish(group, finished)
+    if work.diverged:
+        raise RuntimeError(f"{len(work.diverged)} runs diverged and stay holes, first: {work.diverged[0]}")
+    return summarise(folder)
+
+
+def pending(request: Request, out: str | Path, *, device: str | torch.device = "cpu", most: int | None = None) -> int:
+    """Groups of runs that `reproduce` with the same arguments would still train; nothing is written.
+
+    Raises:
+        ValueError: as `reproduce`.
+    """
+    folder = Path(out)
+    check(folder, request)
+    finished = set(records.read(folder))
+    groups = grouped(request.runs(), _place(request, device), most)
+    return sum(any(run.digest() not in finished for run in group.runs) for group in groups)
+
+
+def _place(request: Request, device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu or cuda; got {device!r}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there; got {device}, and torch finds no CUDA device")
+    if request.variant.precision == "tf32" and place.type != "cuda":
+        raise ValueError(f"precision 'tf32' is a mode of CUDA; the device is {device}: use float32")
+    return place
+
+
+def names_of(request: Request) -> dict[str, str]:
+    """What each run is called, by digest: the first cell that it serves, and its seed."""
+    found: dict[str, str] = {}
+    for table, cell, teacher in request.cells():
+        settings = table.settings(cell, teacher, request.variant)
+        known = f", {teacher} teacher" if len(table.teachers()) > 1 else ""
+        for seed in range(request.seeds):
+            said = f"Table {table.number}: {tables.name_of(cell)}{known}, seed {seed}"
+            found.setdefault(Run(settings, seed).digest(), said)
+    return found
+
+
+@dataclass
+class _Work:
+    folder: Path
+    device: torch.device
+    backend: str
+    rank: Rank
+    listener: Listener | None
+    checkpoint_every: float
+    names: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.diverged: list[str] = []
+        self.runs = self.done = 0
+
+    def count(self, groups: Sequence[Group], finished: set[str]) -> None:
+        digests = [run.digest() for group in groups for run in group.runs]
+        self.runs, self.done = len(digests), sum(name in finished for name in digests)
+
+    def finish(self, group: Group, finished: set[str]) -> None:
+        missing = [run for run in group.runs if run.digest() not in finished]
+        if not missing:
+            return
+        label = self.names[missing[0].digest()] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        training = Training(group, self.folder, self.device)
+        training.run(
+            lambda done, total, loss: self._tell("training", label, done, total, loss), every=self.checkpoint_every
+        )
+        for index, run in enumerate(missing):
+            self._tell("evaluation", label, index, len(missing))
+            start = time.perf_counter()
+            try:
+                metrics = evaluate(run, training.students(run), self.device)
+            except Diverged as error:
+                self.diverged.append(f"{self.names[run.digest()]} ({error})")
+                continue
+            seconds = {"training": training.seconds(run), "evaluation": time.perf_counter() - start}
+            record = Record(
+                **run.identity(),
+                digest=run.digest(),
+                metrics=metrics,
+                seconds=seconds,
+                versions=versions(PACKAGES),
+                backend=self.backend,
+                machine=machine(),
+            )
+            records.append(records.file_of(self.folder, self.rank.rank, self.rank.world), record)
+            self.done += 1
+        self._tell("evaluation", label, len(missing), len(missing))
+        training.forget()
+
+    def _tell(self, stage: str, label: str, done: int, total: int, loss: float | None = None) -> None:
+        if self.listener is not None:
+            self.listener(Progress(stage, label, done, total, self.done, self.runs, loss))
