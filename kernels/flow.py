@@ -56,6 +56,8 @@ STARTS = (
     ("adaptive, drawn", False, True),
 )  # fmt: skip
 
+DRAWN_SPILLS = 16  # bytes of a thread at most that are spilled where starts are drawn
+
 
 def form(k: int, d: int, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """How k components in d dimensions are integrated: "span", "full", or "host" where no state fits on chip.
@@ -209,7 +211,8 @@ def variants() -> list[Variant]:
                 constants |= {"TABLEAU": COMPILED, "STAGES": 7, "REUSE": 1} if adaptive else {"STAGES": 4}
                 types = {arg: _type(arg, row["dtype"]) for arg in kernel.arg_names if arg not in constants}
                 chips = (80, 90) if row["dtype"] == "float64" else (80, 90, 100)
-                found.append(Variant(f"{name} {kind}", kernel, types, constants, setting, products=True, chips=chips))
+                spills = DRAWN_SPILLS if draw else 0
+                found.append(Variant(f"{name} {kind}", kernel, types, constants, setting, True, chips, spills))
     return found
 
 

@@ -30,6 +30,7 @@ from .outputs import FLAGS
 from .pieces import Components, pieces, pieces_kernel, product, three_pieces
 
 SLICE = 1 << 28  # bytes of workspace for the rows that are worked on at a time
+FINISH = 1024  # numbers of a tile of finish_kernel, of 8 rows at most
 PROGRAMS = 512  # wanted at least, by splitting the components
 
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -222,7 +223,7 @@ def _slice(
         )  # fmt: skip
     names = ("log_density", "score", "posterior_mean", "covariance_trace", "hessian_vector_product")
     softmax = torch.empty((2, rows), dtype=torch.float32, device=x.device)
-    block_n = max(1, (16384 if emulate else 1024) // c.block_d)
+    block_n = max(1, 16384 // c.block_d) if emulate else min(8, FINISH // c.block_d)
     finish_kernel[(triton.cdiv(n, block_n),)](
         x, *x.stride(), v, *v.stride(), c.means, *c.means.stride(), c.raw_log_weights, *c.raw_log_weights.stride(),
         c.center, alpha, alpha.stride(0) if alpha.ndim else 0, std, std.stride(0) if std.ndim else 0,
@@ -280,6 +281,7 @@ def variants() -> list[Variant]:
                 add(name, products_kernel, flags | constants | blocks, chosen, bf16=["y_ptr", "v_ptr", "m_ptr"])
             add(f"weights {title} bf16x{terms}", weights_kernel, constants, chosen, bf16=["y_ptr", "m_ptr"])
             for flag in FLAGS:
-                one = {name: name == flag for name in FLAGS} | {"TERMS": terms} | small
-                add(f"finish {title} bf16x{terms} {flag.lower()}", finish_kernel, one, rest)
+                last = small | {"BLOCK_N": min(8, FINISH // small["BLOCK_D"])}
+                one = {name: name == flag for name in FLAGS} | {"TERMS": terms} | last
+                add(f"finish {title} bf16x{terms} {flag.lower()}", finish_kernel, one, Launch(last, 4, 3))
     return found
