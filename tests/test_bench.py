@@ -165,6 +165,8 @@ def test_growth_takes_the_copy_off(monkeypatch: pytest.MonkeyPatch) -> None:
     net = {d: rows[f"d={d}, flowfast"]["median"] - rows[f"d={d}, copy"]["median"] for d in (16, 64)}
     assert rows["d=64, flowfast"]["ratio"] == pytest.approx(net[64] / net[16])
     assert rows["d=64, flowfast"]["beyond_copy"] == pytest.approx(net[64] / 10)
+    net = {d: rows[f"d={d}, flowfast"]["median"] - rows[f"d={d}, new copy"]["median"] for d in (16, 64)}
+    assert rows["d=64, flowfast"]["ratio_new"] == pytest.approx(net[64] / net[16])
     assert "d=64, flowfast, adaptive" in _printed(own.table(found)) and json.dumps(found, allow_nan=False)
 
 
