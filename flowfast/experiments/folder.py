@@ -22,6 +22,31 @@ class FolderError(ValueError):
 
 
 @contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """Make `folder` if need be, and keep its lock file `name` from other processes while the block runs.
+
+    Raises:
+        FolderError: another process has the lock, or the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("a")
+    except OSError as error:
+        raise not_writable(folder, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderError(f"{folder} is in use by another flowfast process: wait for it or stop it") from error
+        yield
+
+
+def not_writable(folder: Path, error: OSError) -> FolderError:
+    """What to raise where the system refused `folder`."""
+    return FolderError(f"{folder} cannot be written ({error.strerror}): choose another folder")
+
+
+@contextmanager
 def claim(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     """Hold `folder` for the job with this identity while the block runs.
 
@@ -44,15 +69,9 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                 raise FolderError(f"{folder} belongs to another job ({differing}): choose another folder")
         elif folder.is_dir() and any(e.name != LOCK and not is_part(e) for e in folder.iterdir()):
             raise FolderError(f"{folder} is not empty and holds no flowfast job: choose a new or empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderError(f"{folder} is in use by another flowfast process: wait for it or stop it") from error
+        raise not_writable(folder, error) from error
+    with held(folder, LOCK):
         if not mark.is_file():
             write_json(mark, wanted)
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flowfast.experiments.folder import MARK as JOB_MARK
-from flowfast.experiments.folder import FolderError
+from flowfast.experiments.folder import FolderError, held, not_writable
 from flowfast.experiments.paper import filters, tables
 from flowfast.experiments.paper.settings import Precision, Run, Student, Teacher, Variant
 from flowfast.experiments.paper.tables import AS_PUBLISHED, Cell, Table
@@ -163,15 +163,9 @@ def claim(folder: Path, request: Request, rank: Rank) -> Iterator[None]:
     """
     try:
         check(folder, request)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ("reproduce.lock" if rank.world == 1 else f"reproduce-{rank.rank}.lock")).open("a")
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderError(f"{folder} is in use by another flowfast process: wait for it or stop it") from error
+        raise not_writable(folder, error) from error
+    with held(folder, "reproduce.lock" if rank.world == 1 else f"reproduce-{rank.rank}.lock"):
         _note(folder, request)
         yield
 
