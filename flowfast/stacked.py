@@ -116,11 +116,11 @@ def mean_squared_errors(students: nn.Module, tensors: Mapping[str, Tensor], x: T
 
 def _forward(students: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """A structure with stacked tensors (m, ...), applied to x (m, b, d_in)."""
-    if type(students) is MLP or type(students) is TransformerFlowMap:  # a subclass may have a forward of its own
-        return students.stacked(tensors, x)
-    if len(x) == 1:  # vmap over one member would cost kernels that know no batches
+    if len(x) == 1:  # kernels that know no batches are faster
         one = {name: value.squeeze(0) for name, value in tensors.items()}
         out: Tensor = functional_call(students, one, (x.squeeze(0),))
         return out.unsqueeze(0)
+    if type(students) is MLP or type(students) is TransformerFlowMap:  # a subclass may have a forward of its own
+        return students.stacked(tensors, x)
     mapped: Tensor = vmap(lambda member, points: functional_call(students, member, (points,)))(dict(tensors), x)
     return mapped

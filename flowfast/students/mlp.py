@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from flowfast.students.linear import Linear
+
 Activation = Literal["relu", "relu-requ"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
@@ -91,9 +93,9 @@ def check_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be at least 1; got {size}")
 
 
-def xavier_linear(dim_in: int, dim_out: int, generator: torch.Generator) -> nn.Linear:
+def xavier_linear(dim_in: int, dim_out: int, generator: torch.Generator) -> Linear:
     """A linear layer, float32 on the CPU: Xavier-uniform weights from `generator`, zero biases."""
-    layer = nn.Linear(dim_in, dim_out, device="meta")  # elsewhere it would draw from the global generator
+    layer = Linear(dim_in, dim_out, device="meta")  # elsewhere it would draw from the global generator
     layer.to_empty(device="cpu")
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
