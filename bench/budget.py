@@ -56,7 +56,8 @@ def _core_rate() -> float:
     stored = json.loads(STEP_FILE.read_text())
     about = stored["settings"]
     step = Settings(width=about["width"], depth=about["depth"], batch_size=about["batch"], dim=about["dim"], steps=1)
-    return flops(step) / (stored["processor_ms"]["ensemble of 1"]["median"] / 1e3)
+    milliseconds: float = stored["processor_ms"]["ensemble of 1"]["median"]
+    return flops(step) / (milliseconds / 1e3)
 
 
 if __name__ == "__main__":
