@@ -88,7 +88,7 @@ def _composition(options: Composition) -> Numbers:
         rates = {name: rate(options.blocks, [getattr(row, name) for row in finest]) for name in ("error", "median")}
         learned = learned_rows(window, options.learned_blocks, steps=options.steps, seed=options.seed)
         windows.append(
-            {"t_from": window.t_from, "t_to": t_to, "bound": asdict(window.bound()), "rates": rates}
+            {"t_from": window.t_from, "t_to": t_to, "bound": asdict(window.bound), "rates": rates}
             | {"rows": [asdict(row) for row in rows], "learned": [asdict(row) for row in learned]}
         )
     return {**about(mixture, options), "points": options.n, "steps": options.steps, "windows": windows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -114,6 +115,7 @@ class Window:
         scale = float(self.y.square().sum(1).mean().sqrt())
         return math.sqrt(relative_mse(end, self.y)), float((end - self.y).norm(dim=1).median()) / scale
 
+    @cached_property
     def bound(self) -> CompositionBound:
         """The bound's constants; the variation is summed over 256 steps along the flow of the window's points."""
         mixture, process = self.mixture, self.process
@@ -133,7 +135,7 @@ class Window:
 
 def composition_rows(window: Window, blocks: Sequence[int], accuracies: Sequence[float]) -> list[CompositionRow]:
     """Build a composition for every eps and number of blocks, and measure it on the window's points, in float64."""
-    bound, rows = window.bound(), []
+    rows = []
     for eps in accuracies:
         for count in blocks:
             net = ResidualComposition(
@@ -141,7 +143,7 @@ def composition_rows(window: Window, blocks: Sequence[int], accuracies: Sequence
             )
             found = window.errors(net(window.x))
             nonzero = net.parameter_count.nonzero
-            rows.append(CompositionRow(count, eps, net.depth, nonzero, *found, bound.log10(count, eps)))
+            rows.append(CompositionRow(count, eps, net.depth, nonzero, *found, window.bound.log10(count, eps)))
     return rows
 
 
