@@ -174,8 +174,9 @@ def test_every_number_of_the_table_comes_from_the_network(capsys: pytest.Capture
     for name in ("depth", "nonzero"):
         law, values = one["laws"][name], [row[name] for row in one["rows"]]
         logs = -np.log2(accuracies)
-        assert law["factor"] == pytest.approx(np.polyfit(logs, values, 1)[0], rel=1e-9) and law["power"] == 1
-        assert law["offset"] == pytest.approx(max(np.array(values) - law["factor"] * logs), rel=1e-9)
+        assert law["factor"] == pytest.approx(np.polyfit(logs, values, 1)[0], rel=5e-3) and law["power"] == 1
+        offset = max(np.array(values) - law["factor"] * logs)
+        assert offset - 1e-9 <= law["offset"] <= offset * 1.001 + 1e-9, "rounded up to four digits"
     assert one["laws"]["width"] == {"factor": 188.0, "power": 0.0, "offset": 0.0}, "the same for every eps"
 
 
@@ -183,7 +184,7 @@ def test_power_law() -> None:
     values = [3 * math.log2(1 / eps) ** 2 for eps in ACCURACIES]
     law = power_law(ACCURACIES, values)
     assert law.power == pytest.approx(2) and law(1e-4) == pytest.approx(3 * math.log2(1e4) ** 2)
-    assert linear_law([0.1], [7.0])(0.1) == 7
+    assert linear_law([0.1], [7.0])(0.1) == pytest.approx(7, rel=1e-12)
 
 
 def test_float32() -> None:

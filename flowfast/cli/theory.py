@@ -69,8 +69,8 @@ def _score_net_tables(numbers: Numbers) -> list[Table]:
         )  # fmt: skip
         depth, nonzero, width = (one["laws"][name] for name in ("depth", "nonzero", "width"))
         table.caption = (
-            f"depth ≤ {number(depth['factor'])} log₂(1/eps) + {number(depth['offset'])}\n"
-            f"weights ≠ 0: ≤ {number(nonzero['factor'])} log₂(1/eps) + {number(nonzero['offset'])}\n"
+            f"depth ≤ {number(depth['factor'])} log₂(1/eps) + {number(depth['offset'], 4)}\n"
+            f"weights ≠ 0: ≤ {number(nonzero['factor'])} log₂(1/eps) + {number(nonzero['offset'], 4)}\n"
             f"width ≤ {number(width['factor'])} log₂(1/eps)^{short(width['power'])}"
         )
         found.append(table)

@@ -73,10 +73,15 @@ def score_net_rows(
 
 
 def linear_law(accuracies: Sequence[float], values: Sequence[float]) -> Law:
-    """`c log2(1/eps) + c'`: c by least squares, c' the smallest that bounds every value."""
+    """`c log2(1/eps) + c'`: c by least squares, c' the smallest that bounds every value.
+
+    c is rounded to three digits and c' up to four, so that the law as printed bounds every value.
+    """
     logs = [math.log2(1 / eps) for eps in accuracies]
-    slope = _slope(logs, values)
-    return Law(slope, 1.0, max(value - slope * log for log, value in zip(logs, values, strict=True)))
+    slope = float(f"{_slope(logs, values):.3g}")
+    offset = max(value - slope * log for log, value in zip(logs, values, strict=True))
+    unit = 10.0 ** (math.floor(math.log10(abs(offset))) - 3) if offset else 1.0
+    return Law(slope, 1.0, math.ceil(offset / unit) * unit)
 
 
 def power_law(accuracies: Sequence[float], values: Sequence[float]) -> Law:

@@ -54,8 +54,9 @@ class ConstructiveScoreNet(ReluNetwork):
 
     Nothing is trained: logits, which are affine in x once the common |x|^2 has dropped out of the softmax; their
     maximum by a tree; clipping; exponentials by a polynomial and squarings; Newton's reciprocal; the weighted sum of
-    the means. Relative L^2(p_t) error at most eps in exact arithmetic, for any mixture (a proof stands in
-    docs/theory.md); in float64 rounding ends the fall near 1e-12, in float32 near 1e-5 where logits are moderate.
+    the means. Relative L^2(p_t) error at most eps in exact arithmetic, for any mixture (docs/theory.md proves it).
+    Rounding comes on top: of the weights by some 2^m units in the last place, m = budget.squarings, and of the logits
+    by one of the largest. Building takes memory for a few times (2 d + 3 k)^2 numbers.
 
     Args:
         mixture: law of the data. process: forward process. t: one time >= 0 (0 is data).
