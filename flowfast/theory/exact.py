@@ -55,8 +55,8 @@ def exponential_squarings(most: float, error: float) -> int:
     """Squarings with which `exponential` is within `error` on [0, most]: 2^m >= max(most, 4) and 16^-m <= error.
 
     With u = most - z and m squarings, Taylor's remainder makes each factor too large by a relative u^5 e^(u / 2^m) /
-    (120 * 32^m) at the most, hence the power by at most e^-u (e^x - 1) <= x e^(x - u), x = u^5 e^(u / 2^m) /
-    (120 * 16^m). Where 2^m >= max(u, 4), x <= e u / 120 and the whole is below 0.6 * 16^-m.
+    (120 * 32^m) at the most, hence the power by at most e^-u (e^q - 1) <= q e^(q - u), q = u^5 e^(u / 2^m) /
+    (120 * 16^m). Where 2^m >= max(u, 4), q <= e u / 120 and the whole is below 0.6 * 16^-m.
     """
     return max(2, math.ceil(math.log2(most)), math.ceil(math.log(1 / error, 16)))
 

@@ -81,7 +81,7 @@ def linear_law(accuracies: Sequence[float], values: Sequence[float]) -> Law:
     slope = float(f"{_slope(logs, values):.3g}")
     offset = max(value - slope * log for log, value in zip(logs, values, strict=True))
     unit = 10.0 ** (math.floor(math.log10(abs(offset))) - 3) if offset else 1.0
-    return Law(slope, 1.0, math.ceil(offset / unit) * unit)
+    return Law(slope, 1.0, float(f"{math.ceil(offset / unit) * unit:.4g}"))
 
 
 def power_law(accuracies: Sequence[float], values: Sequence[float]) -> Law:
