@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 _ROWS = 2  # points traced
 _VIEWS = {
@@ -57,6 +56,8 @@ def audit_network(network: nn.Module, dim: int, *, dtype: torch.dtype = torch.fl
     Raises:
         RuntimeError: forward reads a number out of the data, to branch on it for example.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # a second of imports that nothing else here needs
+
     graph = make_fx(network)(torch.zeros(_ROWS, dim, dtype=dtype)).graph
     data: dict[Node, _Data] = {}
     units: Counter[int] = Counter()  # by depth
