@@ -51,7 +51,7 @@ def audit_network(network: nn.Module, dim: int, *, dtype: torch.dtype = torch.fl
     something that ReLU has just given out (ReQU). Two points are traced; a network may cut more of them into chunks.
 
     Args:
-        network: maps (n, dim) to (n, d_out). dim: d. dtype: of the points.
+        network: maps (n, dim) to (n, d_out), on the CPU. dim: d. dtype: of the points.
 
     Raises:
         RuntimeError: forward reads a number out of the data, to branch on it for example.
