@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     )
     from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
     from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
+    from flowfast.theory import ConstructiveScoreNet, ResidualComposition, audit_network
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "ConstructiveScoreNet",
     "Ensemble",
     "Evaluation",
     "FlowSolution",
@@ -50,6 +52,7 @@ __all__ = [
     "OUProcess",
     "PairSource",
     "Recipe",
+    "ResidualComposition",
     "ResidualFlowMap",
     "ScoreTarget",
     "SegmentTarget",
@@ -57,6 +60,7 @@ __all__ = [
     "TeacherDataset",
     "TeacherPairs",
     "TransformerFlowMap",
+    "audit_network",
     "covariance_trace",
     "cumulative_stability",
     "denoise",
@@ -83,7 +87,7 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "theory",
 )  # fmt: skip
 
 

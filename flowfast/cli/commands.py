@@ -27,6 +27,7 @@ from flowfast.cli.options import (
     Stability,
     UsageError,
 )
+from flowfast.cli.theory_options import Theory
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
     FolderError,
@@ -53,6 +54,7 @@ OPTIONS = {
     name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
+OPTIONS |= {name: name for name in ("t", "eps", "blocks")} | {"t_from": "t-to"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -88,6 +90,11 @@ def run(command: Command) -> int:
             return _doctor(command)
         case Bench():
             return _bench(command)
+        case Theory():
+            from flowfast.cli import theory
+
+            with _arguments("--means"):
+                return theory.run(command)
 
 
 @contextmanager
