@@ -1,0 +1,116 @@
+"""`flowfast theory lipschitz`: bounds on Lipschitz constants beside the constants themselves, for falling sigma0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from flowfast.cli.theory_options import Lipschitz
+from flowfast.mixture import GaussianMixture
+from flowfast.process import OUProcess
+from flowfast.report.numbers import number, short
+from flowfast.theory.lipschitz import tail_flow
+from flowfast.theory.mismatch import lipschitz_mismatch
+from flowfast.theory.tail_students import tail_students
+
+Numbers = Mapping[str, Any]
+
+NOTE = (
+    "Natural logarithms of Lipschitz constants. Flow: |D Phi(x)| at points of p_Delta, and half-way between two means, "
+    "where double precision cannot follow it beyond about e^40."
+)
+
+
+def measure(options: Lipschitz) -> Numbers:
+    """The numbers of the table, a row per sigma0.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    if options.train < 0:
+        raise ValueError(f"train must be at least 0; got {options.train}")
+    process = OUProcess(options.beta)
+    if options.means is None:
+        means = GaussianMixture.random(20, 64, seed=0)
+    else:
+        means = GaussianMixture.load(options.means, std=1.0)
+    mixtures = [GaussianMixture(means.means, std, means.log_weights.exp()) for std in options.stds]
+    layers, width = options.depth + 1, max(options.width, means.dim)
+    rows: list[dict[str, Any]] = []
+    for mixture in mixtures:
+        bounds = lipschitz_mismatch(mixture, process, layers, width, options.bound)
+        flow = tail_flow(mixture, process, bounds.window, points=options.n, seed=options.seed)
+        told = {name: _finite(value) for name, value in asdict(bounds).items()}
+        rows.append({**told, "unfavourable": bounds.unfavourable, "flow": asdict(flow), "student": None})
+    if options.train:
+        students = tail_students(
+            mixtures, process, rows[0]["window"], bound=options.bound, steps=options.train, width=options.width,
+            depth=options.depth, points=options.n, seed=options.seed,
+        )  # fmt: skip
+        for row, student in zip(rows, students, strict=True):
+            row["student"] = {name: _finite(value) for name, value in asdict(student).items()}
+    return {
+        "components": means.n_components,
+        "dim": means.dim,
+        "hidden_layers": options.depth,
+        "width": width,
+        "bound": options.bound,
+        "steps": options.train,
+        "points": options.n,
+        "rows": rows,
+    }
+
+
+def show(numbers: Numbers) -> list[Table]:
+    """Flow and budgets; trained students too where there are any."""
+    rows = numbers["rows"]
+    title = f"Window [0, {number(rows[0]['window'])}], D = {number(rows[0]['diameter'])}, {numbers['points']:,} points"
+    flow = Table(title=title, title_justify="left", caption=NOTE, caption_justify="left")
+    for head in (
+        "sigma0",
+        "flow: mean",
+        "largest",
+        "between means",
+        "signed bound",
+        "paper's bound",
+        "its lower bound",
+    ):
+        flow.add_column(head, justify="right")
+    for row in rows:
+        measured = row["flow"]
+        values = (measured["mean"], measured["largest"], measured["between"])
+        flow.add_row(short(row["sigma0"]), *map(_cell, (*values, row["signed"], row["exponent"], row["lower_bound"])))
+    first = rows[0]
+    title = (
+        f"Networks of {numbers['hidden_layers']} hidden layers, width {numbers['width']}, weights within "
+        f"{short(numbers['bound'])}: budget {_cell(first['budget'])}, sigma* = {_cell(first['threshold'])} "
+        f"(exact exponent: {_cell(first['exact_threshold'])})"
+    )
+    networks = Table(title=title, title_justify="left")
+    heads = ("sigma0", "paper's bound", "budget", "one step is unfavourable")
+    trained = ("layers' product", "student: mean", "largest", "relative squared error") if numbers["steps"] else ()
+    for head in (*heads, *trained):
+        networks.add_column(head, justify="right")
+    for row in rows:
+        cells = [
+            short(row["sigma0"]),
+            _cell(row["exponent"]),
+            _cell(row["budget"]),
+            "yes" if row["unfavourable"] else "no",
+        ]
+        if row["student"] is not None:
+            cells += [_cell(row["student"][name]) for name in ("layers", "mean", "largest", "error")]
+        networks.add_row(*cells)
+    return [flow, networks]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: float | None) -> str:
+    return "none" if value is None else number(round(value, 9))  # a logarithm that is rounding alone is 0
