@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from flowfast.cli.options import UsageError
 from flowfast.cli.theory_options import Lipschitz
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
@@ -29,10 +30,9 @@ def measure(options: Lipschitz) -> Numbers:
     """The numbers of the table, a row per sigma0.
 
     Raises:
-        ValueError: an option out of range.
+        UsageError, ValueError: an option out of range, or means that cannot be used.
     """
-    if options.train < 0:
-        raise ValueError(f"train must be at least 0; got {options.train}")
+    _check(options)
     process = OUProcess(options.beta)
     if options.means is None:
         means = GaussianMixture.random(20, 64, seed=0)
@@ -106,6 +106,17 @@ def show(numbers: Numbers) -> list[Table]:
             cells += [_cell(row["student"][name]) for name in ("layers", "mean", "largest", "error")]
         networks.add_row(*cells)
     return [flow, networks]
+
+
+def _check(options: Lipschitz) -> None:
+    for name, least in (("depth", 1), ("width", 1), ("n", 1), ("train", 0), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} must be at least {least}; got {getattr(options, name)}")
+    if not 0 < options.bound < math.inf:
+        raise UsageError(f"--bound must be positive and finite; got {options.bound}")
+    for std in options.stds:
+        if not 0 < std < math.inf:
+            raise UsageError(f"--stds must be positive and finite; got {std}")
 
 
 def _finite(value: Any) -> Any:

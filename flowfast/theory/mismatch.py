@@ -59,8 +59,8 @@ def lipschitz_mismatch(
         width: largest number of units of a layer, input and output included, >= 1.
         bound: B > 0, on the size of every entry of the weight matrices; biases do not matter.
         constant: the activation's c > 0. A matrix of at most W by W entries within B has spectral norm <= W B, so c is
-            the steepest slope of the activation: 1 for ReLU, 1.13 for GELU. ReQU has none, its slope is 2 max(x, 0): 2 R
-            serves for points at which no activation's input exceeds R >= 1/2, and for no others.
+            the steepest slope of the activation: 1 for ReLU, 1.13 for GELU. ReQU has none, as its slope is 2 max(x, 0):
+            2 R serves for points at which no activation's input exceeds R >= 1/2, and for no others.
 
     Raises:
         TypeError, ValueError: an argument outside these ranges, or a schedule whose alpha^2 never falls to 1/2.
