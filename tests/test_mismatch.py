@@ -246,6 +246,9 @@ def test_the_command_prints_what_the_library_finds(tmp_path: Path, capsys: pytes
             assert row[name] == getattr(expected, name)
         assert row["flow"] == asdict(tail_flow(mixture, PROCESS, expected.window, points=20, seed=4))
         assert max(row["flow"]["largest"], row["flow"]["between"]) <= row["signed"] + RTOL * MOST_STEPS
+        whole = tail_flow(mixture, PROCESS, 1.0, points=20, seed=4)
+        bounds = [float(bound(mixture, PROCESS, 1.0)) for bound in (signed_stability, cumulative_stability)]
+        assert row["whole"] == {**asdict(whole), "signed": bounds[0], "exponent": bounds[1]}
         assert row["student"]["largest"] <= row["student"]["layers"] <= row["budget"]
     assert cli.main(call.split()) == 0
     shown = capsys.readouterr().out
@@ -260,6 +263,7 @@ def test_the_command_prints_what_the_library_finds(tmp_path: Path, capsys: pytes
         ("--train -1", "--train must be at least 0"),
         ("--bound nan", "--bound must be positive"),
         ("--depth -1", "--depth must be at least 1"),
+        ("--horizon 0", "--horizon must be positive"),
         ("--beta 0", "--beta must be positive"),
         ("--means missing.npy", "--means file missing.npy does not exist"),
     ],

@@ -14,6 +14,7 @@ from flowfast.cli.theory_options import Lipschitz
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.report.numbers import number, short
+from flowfast.stability import cumulative_stability, signed_stability
 from flowfast.theory.lipschitz import tail_flow
 from flowfast.theory.mismatch import lipschitz_mismatch
 from flowfast.theory.tail_students import tail_students
@@ -44,8 +45,21 @@ def measure(options: Lipschitz) -> Numbers:
     for mixture in mixtures:
         bounds = lipschitz_mismatch(mixture, process, layers, width, options.bound)
         flow = tail_flow(mixture, process, bounds.window, points=options.n, seed=options.seed)
+        whole = tail_flow(mixture, process, options.horizon, points=options.n, seed=options.seed)
         told = {name: _finite(value) for name, value in asdict(bounds).items()}
-        rows.append({**told, "unfavourable": bounds.unfavourable, "flow": asdict(flow), "student": None})
+        rows.append(
+            {
+                **told,
+                "unfavourable": bounds.unfavourable,
+                "flow": asdict(flow),
+                "whole": {
+                    **asdict(whole),
+                    "signed": float(signed_stability(mixture, process, options.horizon)),
+                    "exponent": float(cumulative_stability(mixture, process, options.horizon)),
+                },
+                "student": None,
+            }
+        )
     if options.train:
         students = tail_students(
             mixtures, process, rows[0]["window"], bound=options.bound, steps=options.train, width=options.width,
@@ -61,12 +75,13 @@ def measure(options: Lipschitz) -> Numbers:
         "bound": options.bound,
         "steps": options.train,
         "points": options.n,
+        "horizon": options.horizon,
         "rows": rows,
     }
 
 
 def show(numbers: Numbers) -> list[Table]:
-    """Flow and budgets; trained students too where there are any."""
+    """The flow, its last stretch and the whole of it; networks, their budgets and the trained students."""
     rows = numbers["rows"]
     title = f"Window [0, {number(rows[0]['window'])}], D = {number(rows[0]['diameter'])}, {numbers['points']:,} points"
     flow = Table(title=title, title_justify="left", caption=NOTE, caption_justify="left")
@@ -84,28 +99,35 @@ def show(numbers: Numbers) -> list[Table]:
         measured = row["flow"]
         values = (measured["mean"], measured["largest"], measured["between"])
         flow.add_row(short(row["sigma0"]), *map(_cell, (*values, row["signed"], row["exponent"], row["lower_bound"])))
-    first = rows[0]
+    title = f"The whole flow, from t = {short(numbers['horizon'])}"
+    whole = Table(title=title, title_justify="left")
+    for head in ("sigma0", "flow: mean", "largest", "signed bound", "paper's bound"):
+        whole.add_column(head, justify="right")
+    for row in rows:
+        names = ("mean", "largest", "signed", "exponent")
+        whole.add_row(short(row["sigma0"]), *(_cell(row["whole"][name]) for name in names))
+    return [flow, whole, _networks(numbers)]
+
+
+def _networks(numbers: Numbers) -> Table:
+    first = numbers["rows"][0]
     title = (
         f"Networks of {numbers['hidden_layers']} hidden layers, width {numbers['width']}, weights within "
         f"{short(numbers['bound'])}: budget {_cell(first['budget'])}, sigma* = {_cell(first['threshold'])} "
         f"(exact exponent: {_cell(first['exact_threshold'])})"
     )
-    networks = Table(title=title, title_justify="left")
-    heads = ("sigma0", "paper's bound", "budget", "one step is unfavourable")
-    trained = ("layers' product", "student: mean", "largest", "relative squared error") if numbers["steps"] else ()
+    table = Table(title=title, title_justify="left")
+    heads = ("sigma0", "paper's bound", "budget", "unfavourable")
+    trained = ("layers' product", "student: mean", "largest", "relative error") if numbers["steps"] else ()
     for head in (*heads, *trained):
-        networks.add_column(head, justify="right")
-    for row in rows:
-        cells = [
-            short(row["sigma0"]),
-            _cell(row["exponent"]),
-            _cell(row["budget"]),
-            "yes" if row["unfavourable"] else "no",
-        ]
+        table.add_column(head, justify="right")
+    for row in numbers["rows"]:
+        verdict = "yes" if row["unfavourable"] else "no"
+        cells = [short(row["sigma0"]), _cell(row["exponent"]), _cell(row["budget"]), verdict]
         if row["student"] is not None:
             cells += [_cell(row["student"][name]) for name in ("layers", "mean", "largest", "error")]
-        networks.add_row(*cells)
-    return [flow, networks]
+        table.add_row(*cells)
+    return table
 
 
 def _check(options: Lipschitz) -> None:
@@ -114,6 +136,8 @@ def _check(options: Lipschitz) -> None:
             raise UsageError(f"--{name} must be at least {least}; got {getattr(options, name)}")
     if not 0 < options.bound < math.inf:
         raise UsageError(f"--bound must be positive and finite; got {options.bound}")
+    if not 0 < options.horizon < math.inf:
+        raise UsageError(f"--horizon must be positive and finite; got {options.horizon}")
     for std in options.stds:
         if not 0 < std < math.inf:
             raise UsageError(f"--stds must be positive and finite; got {std}")

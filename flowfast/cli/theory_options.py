@@ -63,6 +63,8 @@ class Lipschitz:
     """Standard deviations of the components, sigma0."""
     beta: float = 5.0
     """Constant rate of the forward process, per unit of time."""
+    horizon: float = 1.0
+    """Time at which the whole flow starts, from noise."""
     depth: int = 4
     """Hidden layers of the network."""
     width: int = 512
