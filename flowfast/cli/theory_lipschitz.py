@@ -118,7 +118,7 @@ def _networks(numbers: Numbers) -> Table:
     )
     table = Table(title=title, title_justify="left")
     heads = ("sigma0", "paper's bound", "budget", "unfavourable")
-    trained = ("layers' product", "student: mean", "largest", "relative error") if numbers["steps"] else ()
+    trained = ("layers' product", "student: mean", "largest", "relative sq. error") if numbers["steps"] else ()
     for head in (*heads, *trained):
         table.add_column(head, justify="right")
     for row in numbers["rows"]:
