@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
     from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
+    from flowfast.theory import ConstructiveScoreNet, ResidualComposition, audit_network
     from flowfast.theory.lipschitz import lipschitz_constant, log_lipschitz_bound
     from flowfast.theory.mismatch import LipschitzMismatch, lipschitz_mismatch
     from flowfast.variational import flow_amplification, flow_jacobian_product
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "ConstructiveScoreNet",
     "Ensemble",
     "Evaluation",
     "FlowSolution",
@@ -54,6 +56,7 @@ __all__ = [
     "OUProcess",
     "PairSource",
     "Recipe",
+    "ResidualComposition",
     "ResidualFlowMap",
     "ScoreTarget",
     "SegmentTarget",
@@ -61,6 +64,7 @@ __all__ = [
     "TeacherDataset",
     "TeacherPairs",
     "TransformerFlowMap",
+    "audit_network",
     "covariance_trace",
     "cumulative_stability",
     "denoise",
@@ -92,7 +96,7 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs", "variational",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "theory", "variational",
     "theory.mismatch", "theory.lipschitz",
 )  # fmt: skip
 
