@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from flowfast.cli import tables
-from flowfast.cli.theory_options import Composition, PaperMixture, ScoreNet, Theory
+from flowfast.cli import tables, theory_lipschitz
+from flowfast.cli.theory_options import Composition, Lipschitz, PaperMixture, ScoreNet, Theory
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.report.numbers import SUPERSCRIPTS, number, short
@@ -153,6 +153,7 @@ def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> T
 TOPICS: dict[type, tuple[Callable[[Any], Numbers], Callable[[Numbers], list[Table]]]] = {
     ScoreNet: (_score_net, _score_net_tables),
     Composition: (_composition, _composition_tables),
+    Lipschitz: (theory_lipschitz.measure, theory_lipschitz.show),
 }
 
 
