@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from flowfast import backends, doctor
-from flowfast.cli import tables
+from flowfast.cli import tables, verify
 from flowfast.cli.compare import compare
 from flowfast.cli.options import (
     Bench,
@@ -20,12 +20,14 @@ from flowfast.cli.options import (
     Digits,
     Distill,
     Doctor,
+    Export,
     JobOptions,
     Report,
     Reproduce,
     Sample,
     Stability,
     UsageError,
+    Verify,
 )
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
@@ -78,6 +80,10 @@ def run(command: Command) -> int:
             return _job(command, mixture, settings, command.out)
         case Reproduce():
             return _reproduce(command)
+        case Verify():
+            return verify.verify(command)
+        case Export():
+            return verify.export(command)
         case Sample():
             return _sample(command)
         case Stability():
