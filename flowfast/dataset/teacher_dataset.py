@@ -103,10 +103,7 @@ class TeacherDataset(Dataset[Pairs]):
         Raises:
             TypeError, ValueError: no such rows, or a shard that is damaged.
         """
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
-            raise TypeError(f"rows must be an int64 tensor of shape (n,); got {rows!r:.60}")
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
-            raise ValueError(f"rows must be from 0 to {len(self) - 1}; got {int(rows.min())} to {int(rows.max())}")
+        _check("rows", rows, len(self))
         n, last = len(rows), "segment" if self.n_segments else "t"
         points = {name: torch.empty(n, self.dim, dtype=self.dtype) for name in ("x_from", "x_to")}
         found = {**points, last: torch.empty(n, dtype=torch.int32) if self.n_segments else torch.empty(n, 2).double()}
@@ -137,7 +134,7 @@ class TeacherDataset(Dataset[Pairs]):
 
         Args:
             segment: 0 (starts at noise) to m - 1.
-            index: (n,) int64, which of the segment's pairs, from 0 to pairs_per_segment - 1; row index * m + segment.
+            index: (n,) int64, which of the segment's pairs, from 0 to pairs_per_segment - 1: row index * m + segment.
 
         Returns:
             Points at the segment's start and end, each (n, d).
@@ -149,8 +146,7 @@ class TeacherDataset(Dataset[Pairs]):
             raise ValueError(f"segment: {self.folder} has random times and no segments: take pairs(rows)")
         if isinstance(segment, bool) or not isinstance(segment, int) or not 0 <= segment < self.n_segments:
             raise ValueError(f"segment must be from 0 to {self.n_segments - 1}; got {segment!r}")
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-            raise TypeError(f"index must be an int64 tensor of shape (n,); got {index!r:.60}")
+        _check("index", index, -(-(len(self) - segment) // self.n_segments))
         return self.pairs(index * self.n_segments + segment)[:2]
 
     def batches(
@@ -175,3 +171,10 @@ class TeacherDataset(Dataset[Pairs]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to worker processes as a path; the maps are opened there."""
         return TeacherDataset, (self.folder,)
+
+
+def _check(name: str, numbers: Tensor, most: int) -> None:
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or numbers.ndim != 1:
+        raise TypeError(f"{name} must be an int64 tensor of shape (n,); got {numbers!r:.60}")
+    if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < most):
+        raise ValueError(f"{name} must be from 0 to {most - 1}; got {int(numbers.min())} to {int(numbers.max())}")

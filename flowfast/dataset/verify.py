@@ -11,6 +11,7 @@ from flowfast.dataset.receipts import sweep, write_manifest
 from flowfast.dataset.repair import repair_shards
 from flowfast.dataset.scan import Finding, Progress, Scan
 from flowfast.dataset.shard_files import open_folder
+from flowfast.dataset.store import refusals
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def verify_dataset(
         if repair:
             notes = repair_shards(store, plan, scan.mixture, bad)
             bad = scan.shards(only=bad)
-            sweep(store, complete=not bad)
-        if not bad:
-            write_manifest(store, plan)
+        with refusals(store):
+            if repair:
+                sweep(store, complete=not bad)
+            if not bad:
+                write_manifest(store, plan)
         after = [*bad.values(), *scan.others(complete=not bad)]
     return Verification(
         Path(path),
