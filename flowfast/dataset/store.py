@@ -112,7 +112,7 @@ class LocalStore:
         if size > most:
             raise ValueError(f"{self._root / name} must hold at most {most} bytes; it holds {size}: restore it")
         with (self._root / name).open("rb") as stream:
-            return stream.read(most)
+            return stream.read(size)  # read(most) would set aside that much memory
 
     def size(self, name: str) -> int | None:
         """See `Store`."""
