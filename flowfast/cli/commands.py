@@ -20,6 +20,7 @@ from flowfast.cli.options import (
     Digits,
     Distill,
     Doctor,
+    Generate,
     JobOptions,
     Report,
     Reproduce,
@@ -53,6 +54,7 @@ OPTIONS = {
     name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
+OPTIONS |= {"path": "out", "workers": "workers", "dtype": "dtype", "rows_per_shard": "rows-per-shard"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -78,6 +80,8 @@ def run(command: Command) -> int:
             return _job(command, mixture, settings, command.out)
         case Reproduce():
             return _reproduce(command)
+        case Generate():
+            return _generate(command)
         case Sample():
             return _sample(command)
         case Stability():
@@ -224,6 +228,17 @@ def _reproduce(command: Reproduce) -> int:
         _print_json(done)
     elif done["report"] is not None:
         print(done["report"])
+    return 0
+
+
+def _generate(command: Generate) -> int:
+    from flowfast.cli import generate
+
+    mixture = _mixture(command.means, command.std)
+    with _arguments("--out"):
+        done = generate.run(command, generate.planned(command, mixture), mixture)
+    if command.json:
+        _print_json(done)
     return 0
 
 
