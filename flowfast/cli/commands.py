@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from flowfast import backends, doctor
-from flowfast.cli import tables
+from flowfast.cli import tables, verify
 from flowfast.cli.compare import compare
 from flowfast.cli.options import (
     Bench,
@@ -20,6 +20,7 @@ from flowfast.cli.options import (
     Digits,
     Distill,
     Doctor,
+    Export,
     Generate,
     JobOptions,
     Report,
@@ -27,6 +28,7 @@ from flowfast.cli.options import (
     Sample,
     Stability,
     UsageError,
+    Verify,
 )
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
@@ -82,6 +84,10 @@ def run(command: Command) -> int:
             return _reproduce(command)
         case Generate():
             return _generate(command)
+        case Verify():
+            return verify.verify(command)
+        case Export():
+            return verify.export(command)
         case Sample():
             return _sample(command)
         case Stability():

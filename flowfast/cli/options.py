@@ -148,6 +148,34 @@ class Generate(MixtureFile):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read a teacher set and compare every file with its receipt. Exit code 1 when something is wrong."""
+
+    folder: Folder
+    """Folder of the set."""
+    repair: bool = False
+    """Make bad and missing shards again, the same bytes, and remove unfinished files."""
+    rebuild: bool = False
+    """Write manifest.json anew from the receipts."""
+    json: bool = False
+    """Print the findings as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a teacher set in a format that other programs read."""
+
+    folder: Folder
+    """Folder of the set."""
+    format: Literal["parquet", "npy"] = "parquet"
+    """One Parquet file (needs pyarrow), or a folder of .npy arrays."""
+    out: Path | None = None
+    """File or folder to write; none takes the set's name with .parquet or -npy."""
+    json: bool = False
+    """Print what was written as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draw samples from a distilled student."""
 
@@ -220,6 +248,8 @@ Command = (
     | Annotated[Distill, subcommand("distill")]
     | Annotated[Reproduce, subcommand("reproduce")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Stability, subcommand("stability")]
     | Annotated[Doctor, subcommand("doctor")]

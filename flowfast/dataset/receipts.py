@@ -93,22 +93,31 @@ def listed_receipts(store: Store, plan: Plan) -> Iterator[int]:
                 yield shard
 
 
+def manifest_lines(store: Store, plan: Plan) -> Iterator[bytes]:
+    """Contents of manifest.json, one line per shard.
+
+    Raises:
+        ValueError: a receipt is missing.
+    """
+    yield f'{{"plan": "{plan.digest()}", "shards": ['.encode()
+    for shard in range(plan.n_shards):
+        receipt = read_receipt(store, plan, shard)
+        if receipt is None:
+            raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
+        yield f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'.encode()
+    yield b"\n]}\n"
+
+
 def write_manifest(store: Store, plan: Plan) -> None:
-    """Write manifest.json, one line per shard: a cache of the receipts of a complete set, which nothing trusts.
+    """Write manifest.json: a cache of the receipts of a complete set, which nothing trusts.
 
     Raises:
         ValueError: a receipt is missing.
     """
     part = store.open_temporary(MANIFEST)
     try:
-        part[1].write(f'{{"plan": "{plan.digest()}", "shards": ['.encode())
-        for shard in range(plan.n_shards):
-            receipt = read_receipt(store, plan, shard)
-            if receipt is None:
-                raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
-            line = f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'
-            part[1].write(line.encode())
-        part[1].write(b"\n]}\n")
+        for line in manifest_lines(store, plan):
+            part[1].write(line)
         store.commit(part, MANIFEST)
     except BaseException:
         store.discard(part)

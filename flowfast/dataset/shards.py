@@ -62,7 +62,11 @@ def make_rows(
         if tick is not None:
             tick(rows.stop - rows.start)
     tensors = {"x_from": x_from, "x_to": x_to} | ({"t": t} if segment is None else {"segment": segment})
-    # The widest first, as the official writer does it, keeps every tensor aligned to its own numbers.
+    return in_file_order(tensors)
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The widest first, as the official writer does it: every tensor is then aligned to its own numbers."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
