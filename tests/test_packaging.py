@@ -19,7 +19,7 @@ LAUNCHES = sorted((ROOT / "kernels" / "launches").glob("*.json"))
 
 # Bottom first; a room imports only rooms of lower floors. mixture is a room of two modules.
 FLOORS = (
-    ("kernels", "seeds", "philox", "storage", "split_dot", "tableaux", "metrics"),
+    ("kernels", "seeds", "philox", "storage", "split_dot", "tableaux", "metrics", "rank"),
     ("reference", "_cpp", "_triton", "students"),
     ("backends", "training", "stacked"),
     ("mixture", "operators", "ensemble"),

@@ -42,7 +42,7 @@ class JobOptions:
     grid: Grids = ("uniform", "balanced", "measured")
     """Grids to distil on: uniform, balanced, signed, measured."""
     rows: int = 24_576
-    """Teacher trajectories stored per grid."""
+    """Teacher pairs stored per segment of a grid."""
     evaluation_rows: int = 2_048
     """Fresh starting points on which errors are measured."""
     steps: int | None = None

@@ -18,8 +18,8 @@ from flowfast.cli.jobs import cores, run_jobs
 from flowfast.cli.options import Reproduce, UsageError
 from flowfast.experiments import FolderError
 from flowfast.experiments.paper import TABLES, Progress, Request, Summary, pending, reproduce, summarise
-from flowfast.experiments.paper.plan import Rank
 from flowfast.experiments.paper.settings import Precision, Student, Teacher, Variant
+from flowfast.rank import Rank
 from flowfast.report.numbers import number
 from flowfast.report.paper import write_tables_report
 from flowfast.report.paper_rows import main_grid

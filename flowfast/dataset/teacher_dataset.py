@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from flowfast.dataset.plan import DTYPES, Plan, read_mixture, shard_path
+from flowfast.dataset.identity import read_mixture
+from flowfast.dataset.maker import read_plan
+from flowfast.dataset.plan import DTYPES
+from flowfast.dataset.receipts import missing_shards
+from flowfast.dataset.shards import shard_name
+from flowfast.dataset.store import open_store
 from flowfast.process import OUProcess
-from flowfast.storage import read_tensors
 
 
 class TeacherDataset:
-    """Exact trajectories that `generate_dataset` stored, mapped into memory: only rows that are asked for are read.
-
-    `len` is the number of trajectories; indexing with a number gives one trajectory (m + 1, d), so that it serves as a
-    torch data set too.
+    """Exact teacher pairs that `generate_dataset` stored, mapped into memory: only rows that are asked for are read.
 
     Args:
         path: the folder.
@@ -28,19 +30,20 @@ class TeacherDataset:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
-        if not self.folder.is_dir():
-            raise ValueError(f"teacher set: {self.folder} is no folder: give the folder that generate_dataset wrote")
-        self.plan = Plan.read(self.folder)
-        missing = [i for i in range(self.plan.n_shards) if not shard_path(self.folder, i).exists()]
-        if missing:
+        store = open_store(path)
+        self.plan = read_plan(store)
+        missing = missing_shards(store, self.plan)
+        if any(missing):
             raise ValueError(
-                f"teacher set: {self.folder} is incomplete, {len(missing)} of {self.plan.n_shards} shards are missing, "
-                f"first {shard_path(self.folder, missing[0]).name}: call generate_dataset again, it goes on there"
+                f"teacher set: {self.folder} is incomplete, {missing.count(1)} of {self.plan.n_shards} shards are "
+                f"missing, first {missing.index(1)}: call generate_dataset again, it goes on there"
             )
-        self.mixture = read_mixture(self.folder, self.plan)
+        self.mixture = read_mixture(store, self.plan)
         self.process = OUProcess.from_dict(self.plan.process)
-        self.times = torch.tensor(self.plan.times, dtype=torch.float64)
-        self._shards = [open_shard(self.folder, self.plan, i) for i in range(self.plan.n_shards)]  # each (m+1, rows, d)
+        self._shards: list[dict[str, Tensor]] = []
+        for shard in range(self.plan.n_shards):
+            with safe_open(self.folder / shard_name(shard), framework="pt") as file:
+                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
     @property
     def dim(self) -> int:
@@ -49,87 +52,38 @@ class TeacherDataset:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the trajectories."""
+        """Floating type of the points."""
         return DTYPES[self.plan.dtype]
 
     @property
     def n_segments(self) -> int:
-        """Number m of segments of the time grid."""
+        """Number m of segments of the time grid; 0 where times are random."""
         return self.plan.n_segments
 
+    @property
+    def pairs_per_segment(self) -> int:
+        """Pairs that every segment has at the least; 0 where times are random."""
+        return self.plan.rows // self.n_segments if self.n_segments else 0
+
     def __len__(self) -> int:
-        """Number of trajectories."""
+        """Number of rows."""
         return self.plan.rows
 
-    def __getitem__(self, row: int) -> Tensor:
-        """One trajectory (m + 1, d), noise first."""
-        if isinstance(row, bool) or not isinstance(row, int):
-            raise TypeError(f"row must be an int; got {type(row).__name__}: path(rows) takes several")
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row must be from 0 to {len(self) - 1}; got {row}")
-        shard, place = divmod(row % len(self), self.plan.rows_per_shard)
-        return self._shards[shard][:, place].clone()
+    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (n,) int64: x_from (n, d), x_to (n, d), and segment (n,) int32 or t (n, 2) float64."""
+        where = "segment" if self.n_segments else "t"
+        found = []
+        for row in rows.tolist():
+            shard, place = divmod(row, self.plan.rows_per_shard)
+            found.append([self._shards[shard][name][place] for name in ("x_from", "x_to", where)])
+        x_from, x_to, other = (torch.stack(list(column)) for column in zip(*found, strict=True))
+        return x_from, x_to, other
 
-    def pair(self, segment: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher pairs of one segment.
-
-        Args:
-            segment: 0 (starts at noise) to m - 1.
-            rows: (n,) int64, trajectories in any order.
-
-        Returns:
-            States at the segment's start and end, each (n, d).
-
-        Raises:
-            TypeError, ValueError: no such segment or rows.
-        """
-        if isinstance(segment, bool) or not isinstance(segment, int) or not 0 <= segment < self.n_segments:
-            raise ValueError(f"segment must be from 0 to {self.n_segments - 1}; got {segment!r}")
-        self._check(rows)
-        return self._states(segment, rows), self._states(segment + 1, rows)
-
-    def path(self, rows: Tensor | None = None) -> Tensor:
-        """Whole trajectories (m + 1, n, d), noise first: those of `rows` (n,) int64, or all."""
-        if rows is None:
-            return torch.cat(self._shards, 1)
-        self._check(rows)
-        return torch.stack([self._states(i, rows) for i in range(self.n_segments + 1)])
+    def pair(self, segment: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher pairs of one segment: rows index * m + segment, each (n, d)."""
+        x_from, x_to, _ = self.pairs(index * self.n_segments + segment)
+        return x_from, x_to
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to worker processes as a path; the maps are opened there."""
         return TeacherDataset, (self.folder,)
-
-    def _states(self, time: int, rows: Tensor) -> Tensor:
-        if len(self._shards) == 1:
-            return self._shards[0][time].index_select(0, rows)
-        out = torch.empty(len(rows), self.dim, dtype=self.dtype)
-        shard = rows // self.plan.rows_per_shard
-        for i in sorted(set(shard.tolist())):
-            here = (shard == i).nonzero().flatten()
-            out[here] = self._shards[i][time].index_select(0, rows[here] - i * self.plan.rows_per_shard)
-        return out
-
-    def _check(self, rows: Tensor) -> None:
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
-            raise TypeError(f"rows must be an int64 tensor of shape (n,); got {rows!r:.60}")
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
-            raise ValueError(f"rows must be from 0 to {len(self) - 1}; got {int(rows.min())} to {int(rows.max())}")
-
-
-def open_shard(folder: Path, plan: Plan, shard: int) -> Tensor:
-    """Map one shard (m + 1, rows, d).
-
-    Raises:
-        ValueError: it is damaged, or of another set.
-    """
-    path = shard_path(folder, shard)
-    try:
-        tensors, about = read_tensors(path, "teacher set")
-    except ValueError as error:
-        raise ValueError(f"{error}: delete it and call generate_dataset again") from error
-    x = tensors.get("x")
-    if about.get("plan") != plan.digest() or about.get("shard") != shard or x is None:
-        raise ValueError(f"teacher set: {path} belongs to another set: delete it and call generate_dataset again")
-    if x.ndim != 3 or x.shape[:2] != (plan.n_segments + 1, plan.rows_of(shard)) or x.dtype != DTYPES[plan.dtype]:
-        raise ValueError(f"teacher set: {path} holds {tuple(x.shape)} {x.dtype}: delete it and generate the set again")
-    return x

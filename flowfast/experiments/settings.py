@@ -19,7 +19,7 @@ class JobSettings:
         name: of the mixture, for titles.
         segments: steps of a student, >= 1.
         grids: kinds of time grid to distil on, each once; of "uniform", "balanced", "signed", "measured".
-        rows: teacher trajectories stored per grid, >= 1.
+        rows: teacher pairs stored per segment of a grid, >= 1.
         evaluation_rows: fresh starting points on which errors are measured, >= 1.
         pictures: samples shown in the report, >= 1, at most evaluation_rows.
         image_shape: (height, width) when a point is a grey image, else None.

@@ -29,7 +29,7 @@ from flowfast.students import FlowStudent
 T = TypeVar("T")
 
 CHECKPOINT_EVERY = 100  # optimiser steps; a kill costs at most these
-ROWS_PER_SHARD = 1_024
+ROWS_PER_SHARD = 4_096
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
@@ -113,7 +113,7 @@ def grid(work: Work, kind: GridKind) -> GridResult:
 
 
 def _data(work: Work, kind: str, times: Tensor) -> None:
-    place, rows = work.place(kind), work.settings.rows
+    place, rows = work.place(kind), work.settings.rows * work.settings.segments
     if (place / "teacher.json").is_file():
         return
     clock = Clock(place / ".teacher-clock.json")
@@ -130,7 +130,7 @@ def _data(work: Work, kind: str, times: Tensor) -> None:
         rows,
         place / "teacher",
         seed=work.settings.seed,
-        rows_per_shard=min(ROWS_PER_SHARD, rows),
+        rows_per_shard=ROWS_PER_SHARD,
         progress=progress,
         backend=work.backend,
     )

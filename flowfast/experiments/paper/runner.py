@@ -14,11 +14,12 @@ from flowfast.experiments.machine import machine, versions
 from flowfast.experiments.paper import records, tables
 from flowfast.experiments.paper.evaluation import Diverged, evaluate
 from flowfast.experiments.paper.groups import Group, grouped, share
-from flowfast.experiments.paper.plan import Rank, Request, check, claim
+from flowfast.experiments.paper.plan import Request, check, claim
 from flowfast.experiments.paper.records import Record
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.summary import Summary, summarise
 from flowfast.experiments.paper.training import Training
+from flowfast.rank import Rank
 
 PACKAGES = ("flowfast", "torch", "numpy", "scipy", "safetensors")
 CHECKPOINT_EVERY = 60.0  # seconds; a kill costs at most these, and the evaluation in progress

@@ -1,0 +1,116 @@
+"""Shards: what their rows are, and the safetensors files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from flowfast.dataset.draws import draw_starts, draw_uniforms
+from flowfast.dataset.plan import DTYPES, VERSION, Plan
+from flowfast.flow import flow_map
+from flowfast.mixture import GaussianMixture
+from flowfast.process import OUProcess
+
+SHARDS = "shards"
+ALIGNMENT = 64  # of the first tensor within the file, bytes
+_CODES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
+_PIECE = 1 << 22  # bytes hashed and written at a time, so that they are hashed and copied from a cache
+_FIRST_CHUNK, _MOST_CHUNK = 1_024, 32_768  # rows of one call of the teacher
+
+
+def shard_name(shard: int) -> str:
+    """File of one shard, relative to the set's folder."""
+    return f"{SHARDS}/shard-{shard:08d}.safetensors"
+
+
+def row_bytes(plan: Plan, dim: int) -> int:
+    """Bytes of one row: both points, and the segment or two times."""
+    return 2 * dim * DTYPES[plan.dtype].itemsize + (4 if plan.times is not None else 16)
+
+
+def make_rows(
+    plan: Plan, mixture: GaussianMixture, shard: int, tick: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one shard, in the file's order, a pure function of plan and number.
+
+    Args:
+        plan: of the set. mixture: the plan's, in its dtype. shard: number, 0 to n_shards - 1.
+        tick: called with the number of rows that the teacher has just finished.
+
+    Returns:
+        x_from and x_to (rows, d); segment (rows,) int32 for a grid, t (rows, 2) float64 for random times. On the CPU.
+
+    Raises:
+        RuntimeError: a trajectory failed.
+    """
+    process = OUProcess.from_dict(plan.process)
+    n, dim, dtype = plan.rows_of(shard), mixture.dim, DTYPES[plan.dtype]
+    x_from, x_to = torch.empty(n, dim, dtype=dtype), torch.empty(n, dim, dtype=dtype)
+    t, segment = _times(plan, plan.first_row(shard), n)
+    for rows in _chunks(n):
+        t_from, t_to = t[rows].unbind(1)
+        alpha, std = process.alpha(t_from), process.std(t_from, mixture.std.detach().cpu())
+        x = draw_starts(mixture, plan.seed, plan.first_row(shard) + rows.start, alpha, std)
+        x_from[rows] = x
+        x_to[rows] = flow_map(x, mixture, process, t_from, t_to, backend=plan.kernel.backend)
+        if tick is not None:
+            tick(rows.stop - rows.start)
+    tensors = {"x_from": x_from, "x_to": x_to} | ({"t": t} if segment is None else {"segment": segment})
+    # The widest first, as the official writer does it, keeps every tensor aligned to its own numbers.
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    """Short at first, so that signs of life come soon; rows do not depend on the chunks they are made in."""
+    first, rows = 0, _FIRST_CHUNK
+    while first < n:
+        yield slice(first, min(n, first + rows))
+        first, rows = first + rows, min(2 * rows, _MOST_CHUNK)
+
+
+def _times(plan: Plan, first_row: int, n: int) -> tuple[Tensor, Tensor | None]:
+    """Times from and to of every row (n, 2), and its segment (n,) where the plan has a grid."""
+    if plan.times is not None:
+        segment = torch.arange(first_row, first_row + n) % plan.n_segments
+        grid = torch.tensor(plan.times, dtype=torch.float64)
+        return torch.stack([grid[segment], grid[segment + 1]], 1), segment.to(torch.int32)
+    if plan.random_times is None:
+        raise ValueError("plan: neither times nor random_times")
+    law, u = plan.random_times, draw_uniforms(plan.seed, first_row, n)
+    t_from = law.t_from[0] + u[:, 0] * (law.t_from[1] - law.t_from[0])
+    t_to = law.t_to[0] + u[:, 1] * (t_from.clamp(max=law.t_to[1]) - law.t_to[0])
+    return torch.stack([t_from, t_to], 1), None
+
+
+def encode_header(plan: Plan, shard: int, tensors: Mapping[str, Tensor]) -> bytes:
+    """Everything before the data of a shard's file: the header's length, 8 bytes, and the JSON header with blanks.
+
+    Source: the layout documented at https://huggingface.co/docs/safetensors.
+    """
+    about = {"plan": plan.digest(), "shard": shard, "version": VERSION}
+    header: dict[str, object] = {"__metadata__": {"flowfast": json.dumps(about, sort_keys=True)}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(stream: BinaryIO, plan: Plan, shard: int, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write the file to `stream` piece by piece; its size in bytes and its SHA-256."""
+    said, size = hashlib.sha256(), 0
+    for whole in (encode_header(plan, shard, tensors), *(tensor.numpy() for tensor in tensors.values())):
+        view = memoryview(whole).cast("B")  # type: ignore[arg-type]
+        for first in range(0, len(view), _PIECE):
+            piece = view[first : first + _PIECE]
+            said.update(piece)
+            stream.write(piece)
+            size += len(piece)
+    return size, said.hexdigest()
