@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         velocity,
     )
     from flowfast.process import OUProcess
+    from flowfast.sampling import sample_rows
     from flowfast.stability import (
         StabilityRegimes,
         cumulative_stability,
@@ -73,6 +74,7 @@ __all__ = [
     "posterior_weights",
     "relative_errors",
     "relative_mse",
+    "sample_rows",
     "score",
     "signed_stability",
     "solve_flow",
@@ -85,7 +87,7 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "sampling",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from flowfast.cli.options import (
     Distill,
     Doctor,
     Export,
+    Generate,
     JobOptions,
     Report,
     Reproduce,
@@ -55,6 +56,7 @@ OPTIONS = {
     name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
+OPTIONS |= {"path": "out", "workers": "workers", "dtype": "dtype", "rows_per_shard": "rows-per-shard"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -80,6 +82,8 @@ def run(command: Command) -> int:
             return _job(command, mixture, settings, command.out)
         case Reproduce():
             return _reproduce(command)
+        case Generate():
+            return _generate(command)
         case Verify():
             return verify.verify(command)
         case Export():
@@ -230,6 +234,17 @@ def _reproduce(command: Reproduce) -> int:
         _print_json(done)
     elif done["report"] is not None:
         print(done["report"])
+    return 0
+
+
+def _generate(command: Generate) -> int:
+    from flowfast.cli import generate
+
+    mixture = _mixture(command.means, command.std)
+    with _arguments("--out"):
+        done = generate.run(command, generate.planned(command, mixture), mixture)
+    if command.json:
+        _print_json(done)
     return 0
 
 
