@@ -9,7 +9,7 @@ from typing import Any
 
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.shards import SHARDS, shard_name
-from flowfast.dataset.store import Store, is_part
+from flowfast.dataset.store import Store, is_part, new_file
 from flowfast.dataset.strict_json import check_names, dump_object, parse_object
 
 RECEIPTS = "receipts"
@@ -99,20 +99,15 @@ def write_manifest(store: Store, plan: Plan) -> None:
     Raises:
         ValueError: a receipt is missing.
     """
-    part = store.open_temporary(MANIFEST)
-    try:
-        part[1].write(f'{{"plan": "{plan.digest()}", "shards": ['.encode())
+    with new_file(store, MANIFEST) as stream:
+        stream.write(f'{{"plan": "{plan.digest()}", "shards": ['.encode())
         for shard in range(plan.n_shards):
             receipt = read_receipt(store, plan, shard)
             if receipt is None:
                 raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
             line = f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'
-            part[1].write(line.encode())
-        part[1].write(b"\n]}\n")
-        store.commit(part, MANIFEST)
-    except BaseException:
-        store.discard(part)
-        raise
+            stream.write(line.encode())
+        stream.write(b"\n]}\n")
 
 
 def sweep(store: Store, *, complete: bool) -> None:

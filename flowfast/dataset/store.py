@@ -157,15 +157,29 @@ def is_part(name: str) -> bool:
     return last.startswith(".") and last.endswith(".part")
 
 
-def write_file(store: Store, name: str, content: bytes, *, replace: bool = True) -> None:
-    """Write a small file, whole or not at all."""
+@contextlib.contextmanager
+def new_file(store: Store, name: str, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """The stream of a file that stands after the block, whole, or not at all where the block or the store fails.
+
+    Of several processes at one set, whoever completes it first sweeps away what the others have not finished. Theirs
+    was to be the same file, which stands then: that is no failure.
+    """
     part = store.open_temporary(name)
     try:
-        part[1].write(content)
+        yield part[1]
         store.commit(part, name, replace=replace)
-    except BaseException:
+    except BaseException as error:
         store.discard(part)
-        raise
+        if not isinstance(error, FileNotFoundError) or store.size(name) is None:
+            raise
+        if not replace:
+            raise FileExistsError(f"{store.location}/{name} exists") from error
+
+
+def write_file(store: Store, name: str, content: bytes, *, replace: bool = True) -> None:
+    """Write a small file, whole or not at all."""
+    with new_file(store, name, replace=replace) as stream:
+        stream.write(content)
 
 
 @functools.cache
