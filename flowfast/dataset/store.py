@@ -81,8 +81,8 @@ class LocalStore:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             _sync_folder(path.parent.parent)
-        part = f".{path.name}.{_scope()}-{os.getpid()}-{secrets.token_hex(4)}.part"
-        return os.fspath((path.parent / part).relative_to(self._root)), (path.parent / part).open("xb")
+        part = part_name(name)
+        return part, (self._root / part).open("xb")
 
     def commit(self, part: Part, name: str, *, replace: bool = True) -> None:
         """See `Store`."""
@@ -134,9 +134,7 @@ class LocalStore:
 
     def is_abandoned(self, part: str) -> bool:
         """See `Store`."""
-        scope, _, rest = part.split(".")[-2].partition("-")
-        pid = rest.partition("-")[0]
-        return scope == _scope() and pid.isdigit() and not os.path.exists(f"/proc/{pid}")
+        return is_abandoned(part)
 
     def free_bytes(self) -> int | None:
         """See `Store`."""
@@ -147,8 +145,29 @@ class LocalStore:
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at `location`."""
-    return LocalStore(location)
+    """The store at `location`: a folder, or an address that fsspec knows, such as "s3://bucket/set".
+
+    Raises:
+        ValueError, ModuleNotFoundError: see `RemoteStore`.
+    """
+    if "://" not in str(location):
+        return LocalStore(location)
+    from flowfast.dataset.remote_store import RemoteStore
+
+    return RemoteStore(str(location))
+
+
+def part_name(name: str) -> str:
+    """A new name beside `name` for its unfinished file; it says which process of which machine writes it."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}.{last}.{_scope()}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def is_abandoned(part: str) -> bool:
+    """Whether the unfinished file `part` is of a process of this machine that has ended."""
+    scope, _, rest = part.split(".")[-2].partition("-")
+    pid = rest.partition("-")[0]
+    return scope == _scope() and pid.isdigit() and not os.path.exists(f"/proc/{pid}")
 
 
 def is_part(name: str) -> bool:
