@@ -32,7 +32,7 @@ from flowfast.rank import Rank
 
 TESTS = Path(__file__).parent
 LIBRARY = "FLOWFAST_TEST_FAULTS"
-KINDS = ("any", "open", "write", "file sync", "folder sync", "rename", "link", "remove", "make folder")
+KINDS = ("any", "open", "write", "file sync", "folder sync", "rename", "link", "remove", "make folder", "open to read")
 ACTIONS = ("nothing", "fail", "fail from here", "die before", "die after", "half", "half then die", "stop")
 
 

@@ -39,6 +39,13 @@ def calls(one: Stage, place: Path) -> list[tuple[str, str]]:
     return done.calls
 
 
+@pytest.fixture(scope="module")
+def whole(calls: list[tuple[str, str]], place: Path) -> dict[str, str]:
+    """The files of that run."""
+    assert calls
+    return digests(place / "whole")
+
+
 def _count(calls: list[tuple[str, str]], kind: str) -> int:
     return sum(one == kind for one, _ in calls)
 
@@ -46,15 +53,14 @@ def _count(calls: list[tuple[str, str]], kind: str) -> int:
 def _check_failed_then_resumed(one: Stage, path: Path, whole: dict[str, str], failed: Outcome, reason: str) -> None:
     """A run that met a fault raised StorageError with the reason, left only whole files, and the next call finishes."""
     assert failed.code == 1 and failed.error.startswith("StorageError: ") and reason in failed.error, failed
-    left = {name: digest for name, digest in digests(path).items() if not is_part(name)} if path.exists() else {}
-    assert left.items() <= whole.items(), "a file under its final name is whole"
+    assert digests(path).items() <= whole.items(), "whole files alone are left"
     assert one.run(path).code == 0
     assert digests(path) == whole
 
 
-def test_every_file_is_seen_by_the_faults(calls: list[tuple[str, str]], place: Path) -> None:
+def test_every_file_is_seen_by_the_faults(calls: list[tuple[str, str]], whole: dict[str, str], place: Path) -> None:
     """The tests below are worth nothing if files are written by calls that the faults do not know."""
-    names = {f"{place}/whole/{name}" for name in digests(place / "whole")}
+    names = {f"{place}/whole/{name}" for name in whole}
     assert {path for kind, path in calls if kind in ("rename", "link")} == names and len(names) >= 8
     assert _count(calls, "open") == _count(calls, "file sync") == len(names) <= _count(calls, "write")
 
@@ -79,38 +85,56 @@ def test_a_receipt_is_begun_when_its_shard_is_durable(calls: list[tuple[str, str
 
 @pytest.mark.parametrize("lasting", [True, False], ids=["lasting", "once"])
 def test_no_space_at_every_write(
-    one: Stage, place: Path, tmp_path: Path, calls: list[tuple[str, str]], lasting: bool
+    one: Stage, whole: dict[str, str], tmp_path: Path, calls: list[tuple[str, str]], lasting: bool
 ) -> None:
     for nth in range(1, _count(calls, "write") + 1):
         path = tmp_path / str(nth)
         rule = Rule("write", f"{path}/", nth, "fail from here" if lasting else "fail", errno.ENOSPC)
         failed = one.run(path, rule)
-        _check_failed_then_resumed(one, path, digests(place / "whole"), failed, "No space left on device")
+        _check_failed_then_resumed(one, path, whole, failed, "No space left on device")
 
 
 @pytest.mark.parametrize("kind", ["open", "file sync", "folder sync", "rename", "make folder"])
 def test_a_device_that_fails_at_every_call(
-    one: Stage, place: Path, tmp_path: Path, calls: list[tuple[str, str]], kind: str
+    one: Stage, whole: dict[str, str], tmp_path: Path, calls: list[tuple[str, str]], kind: str
 ) -> None:
     assert _count(calls, kind) > 0
     for nth in range(1, _count(calls, kind) + 1):
         path = tmp_path / str(nth)
         failed = one.run(path, Rule(kind, f"{path}/", nth, "fail", errno.EIO))
-        _check_failed_then_resumed(one, path, digests(place / "whole"), failed, "Input/output error")
+        _check_failed_then_resumed(one, path, whole, failed, "Input/output error")
 
 
-def test_short_writes_are_gone_on_with(one: Stage, place: Path, tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+def test_short_writes_are_gone_on_with(
+    one: Stage, whole: dict[str, str], tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
     for nth in range(1, _count(calls, "write") + 1):
         path = tmp_path / str(nth)
         done = one.run(path, Rule("write", f"{path}/", nth, "half"))
         assert done.code == 0 and _count(done.calls, "write") == _count(calls, "write") + 1
-        assert digests(path) == digests(place / "whole")
+        assert digests(path) == whole
 
 
-def test_a_file_system_without_links(one: Stage, place: Path, tmp_path: Path) -> None:
+def test_reading_that_fails_at_every_call(one: Stage, whole: dict[str, str], tmp_path: Path) -> None:
+    """The next call on a set that lacks its last receipt says what it cannot read, before it opens the finished set."""
+    receipt, path = "receipts/shard-00000002.json", tmp_path / "set"
+    assert one.run(path).code == 0
+    (path / receipt).unlink()
+    reads = [call for call in one.run(path, Rule("open to read", f"{path}/")).calls if "/shards/" not in call[1]]
+    assert {"plan.json", "mixture.safetensors", "shard-00000000.json"} <= {Path(file).name for _, file in reads}
+    for nth in range(1, len(reads) + 1):
+        (path / receipt).unlink()
+        done = one.run(path, Rule("open to read", f"{path}/", nth, "fail", errno.EIO))
+        assert done.code == 1 and done.error.startswith("StorageError: "), (reads[nth - 1], done.error)
+        assert "Input/output error" in done.error
+        assert one.run(path).code == 0
+        assert digests(path) == whole
+
+
+def test_a_file_system_without_links(one: Stage, whole: dict[str, str], tmp_path: Path) -> None:
     done = one.run(tmp_path / "set", Rule("link", f"{tmp_path}/set/", 1, "fail", errno.EPERM))
     assert done.code == 0 and _count(done.calls, "link") == 1
-    assert digests(tmp_path / "set") == digests(place / "whole")
+    assert digests(tmp_path / "set") == whole
 
 
 def test_another_plan_is_refused_before_any_call_that_changes_a_file(one: Stage, tmp_path: Path) -> None:

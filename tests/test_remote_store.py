@@ -13,7 +13,7 @@ from fault_store import FaultyMemory, faulty_memory
 from faults import digests, generate
 
 from flowfast.dataset.remote_store import RemoteStore
-from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, write_file
 
 ADDRESS = "faulty://bucket/set"
 
@@ -116,6 +116,12 @@ def test_errors_of_a_stores_own_kind_are_typed(memory: type[FaultyMemory], monke
             patch.setattr(FaultyMemory, name, refused)
             with pytest.raises(StorageError, match="Refused: 403"):
                 generate(f"{ADDRESS}-{name}")
+
+
+def test_addresses_of_local_files_are_local(tmp_path: Path) -> None:
+    for address in (f"file://{tmp_path}/set", f"local://{tmp_path}/set", f"{tmp_path}/set", tmp_path / "set"):
+        store = open_store(address)
+        assert isinstance(store, LocalStore) and store.location == f"{tmp_path}/set"
 
 
 def test_addresses_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

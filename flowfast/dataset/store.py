@@ -17,7 +17,7 @@ Part = tuple[str, BinaryIO]  # name of an unfinished file, and the stream that f
 
 
 class StorageError(OSError):
-    """Files cannot be written: no space, no permission, a device that fails. What is finished stays."""
+    """Files cannot be written or read: no space, no permission, a device that fails. What is finished stays."""
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ class Store(Protocol):
         """Close and remove an unfinished file; nothing is raised."""
 
     def read_bytes(self, name: str, most: int) -> bytes:
-        """Contents of a regular file. FileNotFoundError where there is none, ValueError above `most` bytes."""
+        """Contents of a regular file. FileNotFoundError, ValueError above `most` bytes, else StorageError."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a regular file; None where there is none."""
@@ -111,8 +111,13 @@ class LocalStore:
             raise FileNotFoundError(f"{self._root / name} does not exist or is no regular file")
         if size > most:
             raise ValueError(f"{self._root / name} must hold at most {most} bytes; it holds {size}: restore it")
-        with (self._root / name).open("rb") as stream:
-            return stream.read(most)
+        try:
+            with (self._root / name).open("rb") as stream:
+                return stream.read(most)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self._root / name} cannot be read ({error.strerror}): mend it") from error
 
     def size(self, name: str) -> int | None:
         """See `Store`."""
@@ -150,8 +155,9 @@ def open_store(location: str | Path) -> Store:
     Raises:
         ValueError, ModuleNotFoundError: see `RemoteStore`.
     """
-    if "://" not in str(location):
-        return LocalStore(location)
+    scheme, found, path = str(location).partition("://")
+    if not found or scheme in ("file", "local"):
+        return LocalStore(path if found else location)
     from flowfast.dataset.remote_store import RemoteStore
 
     return RemoteStore(str(location))

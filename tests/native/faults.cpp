@@ -18,7 +18,7 @@
 
 namespace {
 
-enum Kind { kAny, kOpen, kWrite, kFileSync, kFolderSync, kRename, kLink, kRemove, kMakeFolder };
+enum Kind { kAny, kOpen, kWrite, kFileSync, kFolderSync, kRename, kLink, kRemove, kMakeFolder, kOpenToRead };
 enum Action { kNothing, kFail, kFailFromHere, kDieBefore, kDieAfter, kHalf, kHalfThenDie, kStop };
 
 struct Rule {
@@ -38,7 +38,7 @@ Rule* rule = static_cast<Rule*>(  // of zeros: where = "" marks it as not armed
 // What to do at this call of a kind on a path.
 Action decide(Kind kind, const char* path) {
   if (!rule || !*rule->where || !path || !strstr(path, rule->where)) return kNothing;
-  if (rule->kind != kAny && rule->kind != kind) return kNothing;
+  if (rule->kind == kAny ? kind == kOpenToRead : rule->kind != kind) return kNothing;
   const long turn = ++rule->seen;
   char line[PATH_MAX + 8];
   const size_t length = snprintf(line, sizeof line, "%d %s\n", kind, path), place = rule->logged.fetch_add(length);
@@ -81,8 +81,8 @@ F* original(const char* name) {
 
 int open_at(int folder, const char* path, int flags, mode_t mode) {
   static auto* const call = original<int(int, const char*, int, ...)>("openat");
-  const bool changes = flags & (O_CREAT | O_TRUNC);
-  return perform(changes ? decide(kOpen, path) : kNothing, [&] { return call(folder, path, flags, mode); });
+  const Kind kind = flags & (O_CREAT | O_TRUNC) ? kOpen : kOpenToRead;
+  return perform(decide(kind, path), [&] { return call(folder, path, flags, mode); });
 }
 
 }  // namespace
