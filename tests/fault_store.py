@@ -1,4 +1,4 @@
-"""A remote file system that fails: fsspec's in-memory one with a fault at the n-th call that changes it."""
+"""Remote file systems for tests: faulty:// fails at the n-th call that changes it, disk:// is shared by processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 
@@ -62,10 +63,23 @@ class FaultyFile(MemoryFile):  # type: ignore[misc]
         return int(super().write(data))
 
 
+class Disk(LocalFileSystem):  # type: ignore[misc]
+    """Addresses disk:///folder: local files under a name that flowfast does not know as local."""
+
+    protocol = "disk"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> Any:
+        return super()._strip_protocol(path.removeprefix("disk://"))
+
+
+fsspec.register_implementation("disk", Disk, clobber=True)
+fsspec.register_implementation("faulty", FaultyMemory, clobber=True)
+
+
 @contextmanager
 def faulty_memory() -> Iterator[type[FaultyMemory]]:
     """An empty faulty:// file system while the block runs."""
-    fsspec.register_implementation("faulty", FaultyMemory, clobber=True)
     FaultyMemory.store.clear()
     FaultyMemory.pseudo_dirs[:] = [""]
     FaultyMemory.seen = FaultyMemory.fail_at = 0

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import fault_store as fault_store  # its disk:// must be known to worker processes, too
 import torch
 
 from flowfast import GaussianMixture, OUProcess, cli, generate_dataset
@@ -72,7 +73,7 @@ class Stage:
         self._process = process
         self.pid = process.pid
 
-    def start(self, path: Path, rule: Rule | None = None, **call: Any) -> int:
+    def start(self, path: str | Path, rule: Rule | None = None, **call: Any) -> int:
         """Fork a run of `generate(path, **call)` in a session of its own; its process id."""
         rule = rule or Rule("any", "")
         return int(self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": vars(rule)}))
@@ -83,7 +84,7 @@ class Stage:
         calls = [line.split(" ", 1) for line in log.splitlines()]
         return Outcome(code, error, [(KINDS[int(kind)], path) for kind, path in calls])
 
-    def run(self, path: Path, rule: Rule | None = None, **call: Any) -> Outcome:
+    def run(self, path: str | Path, rule: Rule | None = None, **call: Any) -> Outcome:
         """Start a run and wait for it."""
         return self.wait(self.start(path, rule, **call))
 

@@ -75,14 +75,15 @@ def test_killed_at_a_point_of_every_shard(one: Stage, tmp_path: Path, whole: dic
         assert digests(path) == whole
 
 
-def test_killed_before_every_call_that_changes_a_file(one: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "disk://"], ids=["local", "remote"])
+def test_killed_before_every_call_that_changes_a_file(one: Stage, tmp_path: Path, scheme: str) -> None:
     path = tmp_path / "whole"
-    calls = one.run(path, Rule("any", f"{path}/")).calls
-    assert len(calls) >= 40
+    calls = one.run(f"{scheme}{path}", Rule("any", f"{path}/")).calls
+    assert len(calls) >= 25
     for nth in range(1, len(calls) + 1):
         path = tmp_path / str(nth)
-        assert one.run(path, Rule("any", f"{path}/", nth, "die before")).code == -signal.SIGKILL
-        assert one.run(path).code == 0
+        assert one.run(f"{scheme}{path}", Rule("any", f"{path}/", nth, "die before")).code == -signal.SIGKILL
+        assert one.run(f"{scheme}{path}").code == 0
         assert digests(path) == digests(tmp_path / "whole"), calls[nth - 1]
 
 
@@ -154,6 +155,13 @@ def test_workers_and_threads_do_not_matter(
 ) -> None:
     start = "spawn" if call == {"workers": 2} else "forkserver"  # the real one is slower by an import for each worker
     done = one.run(tmp_path / "set", **SET, **call, start=start)
+    assert done.code == 0, done.error
+    assert digests(tmp_path / "set") == whole
+
+
+@pytest.mark.timeout(600)
+def test_workers_on_a_remote_store(one: Stage, tmp_path: Path, whole: dict[str, str]) -> None:
+    done = one.run(f"disk://{tmp_path}/set", **SET, workers=2, start="forkserver")
     assert done.code == 0, done.error
     assert digests(tmp_path / "set") == whole
 
