@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowfast.dataset import TeacherDataset, generate_dataset
+    from flowfast.dataset import TeacherDataset, export_dataset, generate_dataset, verify_dataset
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
     from flowfast.ensemble import Ensemble
     from flowfast.flow import FlowSolution, flow_map, solve_flow
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         velocity,
     )
     from flowfast.process import OUProcess
+    from flowfast.sampling import sample_rows
     from flowfast.stability import (
         StabilityRegimes,
         cumulative_stability,
@@ -63,6 +64,7 @@ __all__ = [
     "distill",
     "divergence",
     "evaluate",
+    "export_dataset",
     "flow_map",
     "generate_dataset",
     "hessian_norm_bound",
@@ -72,6 +74,7 @@ __all__ = [
     "posterior_weights",
     "relative_errors",
     "relative_mse",
+    "sample_rows",
     "score",
     "signed_stability",
     "solve_flow",
@@ -79,11 +82,12 @@ __all__ = [
     "stability_regimes",
     "time_grid",
     "velocity",
+    "verify_dataset",
 ]
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "sampling",
 )  # fmt: skip
 
 

@@ -19,13 +19,13 @@ LAUNCHES = sorted((ROOT / "kernels" / "launches").glob("*.json"))
 
 # Bottom first; a room imports only rooms of lower floors. mixture is a room of two modules.
 FLOORS = (
-    ("kernels", "seeds", "storage", "split_dot", "tableaux", "metrics", "rank"),
+    ("kernels", "seeds", "philox", "storage", "split_dot", "tableaux", "metrics", "rank"),
     ("reference", "_cpp", "_triton", "students"),
     ("backends", "training", "stacked"),
     ("mixture", "operators", "ensemble"),
     ("flow_operators",),
     ("process",),
-    ("ops",),
+    ("ops", "sampling"),
     ("flow", "stability", "hessian", "modules"),
     ("grids", "teacher_pairs"),
     ("dataset",),
@@ -37,7 +37,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ("fsspec", "scipy", "matplotlib", "sklearn", "tyro", "rich", "jinja2", "triton", "pandas", "ray")
+HEAVY = ("fsspec", "scipy", "matplotlib", "sklearn", "tyro", "rich", "jinja2", "triton", "pandas", "pyarrow", "ray")
 
 
 def _room(module: str) -> str:

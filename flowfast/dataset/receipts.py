@@ -93,21 +93,30 @@ def listed_receipts(store: Store, plan: Plan) -> Iterator[int]:
                 yield shard
 
 
+def manifest_lines(store: Store, plan: Plan) -> Iterator[bytes]:
+    """Contents of manifest.json, one line per shard.
+
+    Raises:
+        ValueError: a receipt is missing.
+    """
+    yield f'{{"plan": "{plan.digest()}", "shards": ['.encode()
+    for shard in range(plan.n_shards):
+        receipt = read_receipt(store, plan, shard)
+        if receipt is None:
+            raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
+        yield f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'.encode()
+    yield b"\n]}\n"
+
+
 def write_manifest(store: Store, plan: Plan) -> None:
-    """Write manifest.json, one line per shard: a cache of the receipts of a complete set, which nothing trusts.
+    """Write manifest.json: a cache of the receipts of a complete set, which nothing trusts.
 
     Raises:
         ValueError: a receipt is missing.
     """
     with new_file(store, MANIFEST) as stream:
-        stream.write(f'{{"plan": "{plan.digest()}", "shards": ['.encode())
-        for shard in range(plan.n_shards):
-            receipt = read_receipt(store, plan, shard)
-            if receipt is None:
-                raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
-            line = f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'
-            stream.write(line.encode())
-        stream.write(b"\n]}\n")
+        for line in manifest_lines(store, plan):
+            stream.write(line)
 
 
 def sweep(store: Store, *, complete: bool) -> None:
