@@ -12,6 +12,7 @@ import pytest
 from fault_store import FaultyMemory, faulty_memory
 from faults import digests, generate
 
+from flowfast import GaussianMixture, OUProcess, cli, generate_dataset
 from flowfast.dataset.remote_store import RemoteStore
 from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, write_file
 
@@ -122,6 +123,19 @@ def test_addresses_of_local_files_are_local(tmp_path: Path) -> None:
     for address in (f"file://{tmp_path}/set", f"local://{tmp_path}/set", f"{tmp_path}/set", tmp_path / "set"):
         store = open_store(address)
         assert isinstance(store, LocalStore) and store.location == f"{tmp_path}/set"
+
+
+def test_the_command_line_takes_an_address(
+    memory: type[FaultyMemory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GaussianMixture.random(3, 4, std=0.2, seed=1).save(tmp_path / "mixture.safetensors")
+    command = f"generate --means {tmp_path}/mixture.safetensors --segments 2 --rows 12 --rows-per-shard 4 --workers 1"
+    assert cli.main([*command.split(), "--out", f"{tmp_path}/set"]) == 0
+    assert cli.main([*command.split(), "--out", ADDRESS]) == 0
+    assert f"0 missing: {ADDRESS}" in capsys.readouterr().out
+    assert _stored(memory) == digests(tmp_path / "set")
+    with pytest.raises(ValueError, match="path must be a local folder"):
+        generate_dataset(GaussianMixture.random(3, 4), OUProcess(5.0), (1.0, 0.0), 12, ADDRESS)
 
 
 def test_addresses_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
