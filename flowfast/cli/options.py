@@ -121,8 +121,8 @@ class Reproduce:
 class Generate(MixtureFile):
     """Store exact teacher pairs of a mixture of your own. Stopped and called again, it goes on."""
 
-    out: Path
-    """Folder of the set."""
+    out: str
+    """Folder of the set, or an address that fsspec knows: s3://bucket/set, sftp://host/set, ..."""
     rows: int
     """Teacher pairs in all; row i belongs to segment i modulo segments."""
     segments: int = 4

@@ -15,7 +15,7 @@ from flowfast.dataset.maker import read_plan
 from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, RandomTimes, grid_times, mixture_digest
 from flowfast.dataset.receipts import MANIFEST, missing_shards, sweep, write_manifest
 from flowfast.dataset.shards import row_bytes
-from flowfast.dataset.store import StorageError, Store, is_part, open_store, refusals, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, refusals, write_file
 from flowfast.dataset.teacher_dataset import TeacherDataset
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
@@ -94,8 +94,14 @@ def generate_dataset(
         ShardsFailed: a RuntimeError; trajectories failed, or a shard's workers died three times.
     """
     plan = make_plan(mixture, process, times, rows, rows_per_shard, seed=seed, dtype=dtype, backend=backend)
-    carry_out(plan, mixture, open_store(path), workers=workers, engine=engine, progress=progress)
-    return TeacherDataset(path)
+    store = open_store(path)
+    if not isinstance(store, LocalStore):
+        raise ValueError(
+            f"path must be a local folder, for the complete set is opened here; got {path}: `flowfast generate --out` "
+            "stores sets elsewhere"
+        )
+    carry_out(plan, mixture, store, workers=workers, engine=engine, progress=progress)
+    return TeacherDataset(store.location)
 
 
 def make_plan(

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.shards import SHARDS, shard_name
-from flowfast.dataset.store import Store, is_part
+from flowfast.dataset.store import Store, is_part, new_file
 from flowfast.dataset.strict_json import check_names, dump_object, parse_object
 
 RECEIPTS = "receipts"
@@ -114,14 +114,9 @@ def write_manifest(store: Store, plan: Plan) -> None:
     Raises:
         ValueError: a receipt is missing.
     """
-    part = store.open_temporary(MANIFEST)
-    try:
+    with new_file(store, MANIFEST) as stream:
         for line in manifest_lines(store, plan):
-            part[1].write(line)
-        store.commit(part, MANIFEST)
-    except BaseException:
-        store.discard(part)
-        raise
+            stream.write(line)
 
 
 def sweep(store: Store, *, complete: bool) -> None:
