@@ -271,9 +271,9 @@ def test_failed_and_stopped_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from flowfast.cli import commands
+    from flowfast.cli import distill
 
-    monkeypatch.setattr(commands, "run_job", _fail(error))
+    monkeypatch.setattr(distill, "run_job", _fail(error))
     assert _call("distill --means means.npy --std 0.1 --out new", capsys) == (code, "", sentence)
 
 
