@@ -57,7 +57,8 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        code: exit code, negative after a signal. error: type and message of what it raised, "" if nothing.
+        code: exit code, negative after a signal. error: type and message of what it raised, and what else it or its
+            workers wrote to stderr; "" if nothing.
         calls: those that its rule matched, kind and path, in order.
     """
 
@@ -191,25 +192,28 @@ def _serve(folder: Path) -> None:
             answer: Any = os.fork() or _run(folder, asked["call"])
         else:
             code = os.waitstatus_to_exitcode(os.waitpid(asked["run"], 0)[1])
-            said = folder / f"{asked['run']}.said"
-            answer = code, said.read_text() if said.exists() else "", faults.faults_log().decode()
+            answer = code, (folder / f"{asked['run']}.stderr").read_text(), faults.faults_log().decode()
         print(json.dumps(answer), flush=True)
 
 
 def _run(folder: Path, call: dict[str, Any]) -> NoReturn:
-    """Generate, or run a command; note what was raised, and leave without the parent's clean-up."""
+    """Generate, or run a command; say what was raised, and leave without the parent's clean-up."""
     os.setsid()
-    os.dup2(2, 1)  # the answers go through the old standard output
-    os.environ.update(call.pop("environment", {}))
-    torch.set_num_threads(call.pop("threads", 1))
+    said = os.open(folder / f"{os.getpid()}.stderr", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)  # the answers go through the old standard output
+    os.dup2(said, 2)
     engines._START = call.pop("start", "spawn")
     multiprocessing.set_forkserver_preload(["faults"])
-    code = 1
+    torch.set_num_threads(call.pop("threads", 1))
+    code: Any = 1
     try:
         code = cli.main(call["command"]) if "command" in call else generate(**call) or 0
+    except SystemExit as stop:
+        code = stop.code
     except BaseException as error:
-        (folder / f"{os.getpid()}.said").write_text(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
