@@ -6,6 +6,7 @@ counter of 128 bits is (row mod 2^32, row / 2^32, j / 4, what), and its block ha
     what = 0    four normals, of coordinates j, j + 1, j + 2, j + 3 with j a multiple of 4: words 0 and 1 make the first
                 two, words 2 and 3 the others, sqrt(-2 log((w + 1/2) / 2^32)) times cosine and sine of 2 pi w' / 2^32
     what = 1    a uniform number with 52 bits, for j = 0: the high bits of words 0 and 1
+    what = 2    two of them, for j = 0, from words 0 and 1 and from words 2 and 3: the times of a teacher set's row
 
 Normals reach 6.7. Source: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3 (2011).
 """
@@ -42,7 +43,17 @@ def words(seed: int, rows: Tensor, quarters: Tensor, what: int) -> tuple[Tensor,
 def uniforms(seed: int, rows: Tensor) -> Tensor:
     """One number of [0, 1) per row, float64, a multiple of 2^-52."""
     first, second, _, _ = words(seed, rows, torch.zeros_like(rows), 1)
-    return (first << 20 | second >> 12).double() * 2.0**-52
+    return _fraction(first, second)
+
+
+def uniform_pairs(seed: int, rows: Tensor) -> Tensor:
+    """Two numbers of [0, 1) per row, (n, 2) float64, multiples of 2^-52, unrelated to `uniforms`."""
+    first, second, third, fourth = words(seed, rows, torch.zeros_like(rows), 2)
+    return torch.stack([_fraction(first, second), _fraction(third, fourth)], -1)
+
+
+def _fraction(high: Tensor, low: Tensor) -> Tensor:
+    return (high << 20 | low >> 12).double() * 2.0**-52
 
 
 def normals(seed: int, rows: Tensor, d: int) -> Tensor:

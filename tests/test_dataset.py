@@ -72,8 +72,8 @@ def test_rows_are_flows_of_the_marginals(tmp_path, dtype):
     exact = mixture().to(torch.float64)
     for i, (t_from, t_to) in enumerate([(1.0, 0.2), (0.2, 0.0)]):
         here = segment == i
-        end = flow_map(x_from[here][:50].double(), exact, PROCESS, t_from, t_to, backend="reference")
-        error = (x_to[here][:50].double() - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)
+        end = flow_map(x_from[here].double(), exact, PROCESS, t_from, t_to)
+        error = (x_to[here].double() - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)
         assert float(error.median()) < (5e-6 if dtype == torch.float32 else 1e-9)  # what flow_map promises
         marginal = PROCESS.marginal(exact, t_from)
         mean = marginal.weights @ marginal.means
@@ -94,10 +94,8 @@ def test_random_times(tmp_path):
     assert bool(((t_from >= 0.2) & (t_from < 1.0) & (t_to >= 0.1) & (t_to <= t_from.clamp(max=0.4))).all())
     assert float(t_from.min()) < 0.22 and float(t_from.max()) > 0.98 and float(t_to.max()) > 0.39
     assert len(t.unique()) == 1_200
-    few = slice(375, 425)
-    exact = mixture().to(torch.float64)
-    end = flow_map(x_from[few].double(), exact, PROCESS, t_from[few], t_to[few], backend="reference")
-    assert float(((x_to[few] - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)).median()) < 5e-6
+    end = flow_map(x_from.double(), mixture().to(torch.float64), PROCESS, t_from, t_to)
+    assert float(((x_to - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)).median()) < 5e-6
 
 
 def test_files_are_what_the_receipts_say(tmp_path):
@@ -156,8 +154,7 @@ def test_what_stands_is_kept(tmp_path):
         lambda: (tmp_path / "a" / receipt_name(1)).write_bytes(whole[receipt_name(0)]),
     ):
         harm()
-        with pytest.raises(ValueError, match="1 of 3 shards are missing, first 1"):
-            TeacherDataset(tmp_path / "a")
+        assert list(missing_shards(open_store(tmp_path / "a"), plan())) == [0, 1, 0]
         seen.clear()
         generate(tmp_path / "a", progress=lambda done, rows: seen.append((done, rows)))
         assert seen == [(6, 10), (10, 10)]  # only the missing one was made
@@ -502,6 +499,6 @@ def test_the_command_starts_processes_of_its_own(tmp_path):
     call = [sys.executable, "-m", "flowfast", "generate", "--means", str(tmp_path / "means.npz"), "--rows", "40"]
     call += ["--rows-per-shard", "10", "--out"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    for name, workers in (("many", "2"), ("one", "1")):
-        subprocess.run([*call, str(tmp_path / name), "--workers", workers], check=True, env=environment)
+    subprocess.run([*call, str(tmp_path / "many"), "--workers", "2"], check=True, env=environment)
+    assert main([*call[3:], str(tmp_path / "one"), "--workers", "1"]) == 0
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
