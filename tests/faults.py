@@ -41,6 +41,8 @@ ACTIONS = ("nothing", "fail", "fail from here", "die before", "die after", "half
 class Rule:
     """What happens at the n-th call of a kind (from 1) on a path that holds `where`, counted over all processes.
 
+    "fail from here" and "die before" stay: later calls meet them, too.
+
     Attributes:
         kind: one of KINDS, "any" for all calls that change files. action: one of ACTIONS. error: errno of "fail".
     """
@@ -50,6 +52,10 @@ class Rule:
     nth: int = 0
     action: str = "nothing"
     error: int = errno.EIO
+
+    def plain(self) -> list[Any]:
+        """Kind, nth, action, error and where, as native/faults.cpp takes them."""
+        return [KINDS.index(self.kind), self.nth, ACTIONS.index(self.action), self.error, self.where]
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,15 @@ class Stage:
         self._process = process
         self.pid = process.pid
 
-    def start(self, path: str | Path, rule: Rule | None = None, **call: Any) -> int:
-        """Fork a run of `generate(path, **call)` in a session of its own; its process id."""
-        rule = rule or Rule("any", "")
-        return int(self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": vars(rule)}))
+    def start(self, path: str | Path, rule: Rule | None = None, workers_rule: Rule | None = None, **call: Any) -> int:
+        """Fork a run of `generate(path, **call)` in a session of its own; its process id.
+
+        `rule` is for the run and what it forks, `workers_rule` for the processes that it starts otherwise.
+        """
+        call["workers_rule"] = workers_rule.plain() if workers_rule else []
+        return int(
+            self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": (rule or Rule("any", "")).plain()})
+        )
 
     def wait(self, run: int) -> Outcome:
         """Wait for a run to end."""
@@ -186,9 +197,8 @@ def _serve(folder: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["do"] == "start":
-            rule = asked["rule"]
-            kind, action = KINDS.index(rule["kind"]), ACTIONS.index(rule["action"])
-            faults.faults_arm(kind, rule["where"].encode(), ctypes.c_long(rule["nth"]), action, rule["error"])
+            kind, nth, action, error, where = asked["rule"]
+            faults.faults_arm(kind, where.encode(), ctypes.c_long(nth), action, error)
             answer: Any = os.fork() or _run(folder, asked["call"])
         else:
             code = os.waitstatus_to_exitcode(os.waitpid(asked["run"], 0)[1])
@@ -202,6 +212,7 @@ def _run(folder: Path, call: dict[str, Any]) -> NoReturn:
     said = os.open(folder / f"{os.getpid()}.stderr", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)  # the answers go through the old standard output
     os.dup2(said, 2)
+    os.environ["FLOWFAST_TEST_RULE"] = " ".join(map(str, call.pop("workers_rule")))
     engines._START = call.pop("start", "spawn")
     multiprocessing.set_forkserver_preload(["faults"])
     torch.set_num_threads(call.pop("threads", 1))

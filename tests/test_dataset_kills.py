@@ -98,7 +98,7 @@ def test_killed_at_random_moments(one: Stage, tmp_path: Path, whole: dict[str, s
     start = time.monotonic()
     one.run(tmp_path / "timed", **SET)
     needed = time.monotonic() - start
-    while killed < KILLS // 2:
+    while killed < KILLS * 3 // 5:
         path, folders = tmp_path / str(folders), folders + 1
         for _ in range(4):
             run = one.start(path, **SET)
@@ -135,13 +135,26 @@ def test_workers_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
         assert digests(path) == digests(tmp_path / "whole")
 
 
+@pytest.mark.timeout(600)
+def test_a_shard_that_kills_its_workers_is_set_aside(one: Stage, tmp_path: Path, whole: dict[str, str]) -> None:
+    path, deadly = tmp_path / "set", Rule("rename", SHARD.format(3), 1, "die before")
+    done = one.run(path, **SET, workers=2, start="forkserver", workers_rule=deadly)
+    assert done.code == 1
+    assert done.error == (
+        "ShardsFailed: 1 shards could not be made, first shard 3: its worker process ended with code -9, 3 times\n"
+    )
+    assert digests(path).items() <= whole.items() and _receipts(path) == SHARDS - 1
+    assert _resume(one, path) == 1
+    assert digests(path) == whole
+
+
 @pytest.mark.timeout(3600)
 def test_coordinators_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
     """Their workers end with them, and the next call goes on from what they made."""
     many = {"rows": 1_198, "rows_per_shard": 4}
     assert one.run(tmp_path / "whole", **many).code == 0
     chance = random.Random(3)
-    for turn in range(KILLS // 4):
+    for turn in range(KILLS * 3 // 20):
         path, least = tmp_path / str(turn), chance.randrange(1, 250)
         run = one.start(path, **many, workers=2, start="forkserver")
         until(lambda path=path, least=least: _receipts(path) >= least, f"{least} shards")
