@@ -10,11 +10,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from flowfast.dataset.draws import draw_starts, draw_uniforms
+from flowfast import philox
 from flowfast.dataset.plan import DTYPES, VERSION, Plan
 from flowfast.flow import flow_map
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
+from flowfast.sampling import sample_rows
 
 SHARDS = "shards"
 ALIGNMENT = 64  # of the first tensor within the file, bytes
@@ -54,10 +55,10 @@ def make_rows(
     t, segment = _times(plan, plan.first_row(shard), n)
     for rows in _chunks(n):
         t_from, t_to = t[rows].unbind(1)
-        alpha, std = process.alpha(t_from), process.std(t_from, mixture.std.detach().cpu())
-        x = draw_starts(mixture, plan.seed, plan.first_row(shard) + rows.start, alpha, std)
+        first, backend = plan.first_row(shard) + rows.start, plan.kernel.backend
+        x = sample_rows(mixture, plan.seed, first, len(t_from), process=process, t=t_from, backend=backend)
         x_from[rows] = x
-        x_to[rows] = flow_map(x, mixture, process, t_from, t_to, backend=plan.kernel.backend)
+        x_to[rows] = flow_map(x, mixture, process, t_from, t_to, backend=backend)
         if tick is not None:
             tick(rows.stop - rows.start)
     tensors = {"x_from": x_from, "x_to": x_to} | ({"t": t} if segment is None else {"segment": segment})
@@ -81,7 +82,8 @@ def _times(plan: Plan, first_row: int, n: int) -> tuple[Tensor, Tensor | None]:
         return torch.stack([grid[segment], grid[segment + 1]], 1), segment.to(torch.int32)
     if plan.random_times is None:
         raise ValueError("plan: neither times nor random_times")
-    law, u = plan.random_times, draw_uniforms(plan.seed, first_row, n)
+    law = plan.random_times
+    u = philox.uniforms(plan.seed, torch.arange(first_row, first_row + n), philox.TIMES)
     t_from = law.t_from[0] + u[:, 0] * (law.t_from[1] - law.t_from[0])
     t_to = law.t_to[0] + u[:, 1] * (t_from.clamp(max=law.t_to[1]) - law.t_to[0])
     return torch.stack([t_from, t_to], 1), None
