@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowfast.dataset import TeacherDataset, generate_dataset
+    from flowfast.dataset import TeacherDataset, export_dataset, generate_dataset, verify_dataset
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
     from flowfast.ensemble import Ensemble
     from flowfast.flow import FlowSolution, flow_map, solve_flow
@@ -64,6 +64,7 @@ __all__ = [
     "distill",
     "divergence",
     "evaluate",
+    "export_dataset",
     "flow_map",
     "generate_dataset",
     "hessian_norm_bound",
@@ -81,6 +82,7 @@ __all__ = [
     "stability_regimes",
     "time_grid",
     "velocity",
+    "verify_dataset",
 ]
 
 _ROOMS = (

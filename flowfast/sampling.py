@@ -49,8 +49,7 @@ def sample_rows(
     if name == "cpp":
         return _cpp.sample(means, cumulative, alpha, std, seed, first_row, n).to(mixture.dtype)
     rows = torch.arange(first_row, first_row + n, device=means.device)
-    u, _ = philox.uniforms(seed, rows, philox.COMPONENT).T.contiguous()
-    chosen = torch.searchsorted(cumulative, u, right=True)
+    chosen = torch.searchsorted(cumulative, philox.uniforms(seed, rows), right=True)
     if name == "triton":
         z = _triton.normals(n, mixture.dim, seed, first_row, dtype=means.dtype, device=means.device)
     else:

@@ -37,7 +37,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ("scipy", "matplotlib", "sklearn", "tyro", "rich", "jinja2", "triton", "pandas", "ray")
+HEAVY = ("fsspec", "scipy", "matplotlib", "sklearn", "tyro", "rich", "jinja2", "triton", "pandas", "pyarrow", "ray")
 
 
 def _room(module: str) -> str:

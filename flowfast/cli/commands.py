@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from flowfast import backends, doctor
-from flowfast.cli import tables
+from flowfast.cli import tables, verify
 from flowfast.cli.compare import compare
 from flowfast.cli.options import (
     Bench,
@@ -20,12 +20,15 @@ from flowfast.cli.options import (
     Digits,
     Distill,
     Doctor,
+    Export,
+    Generate,
     JobOptions,
     Report,
     Reproduce,
     Sample,
     Stability,
     UsageError,
+    Verify,
 )
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
@@ -53,6 +56,7 @@ OPTIONS = {
     name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
+OPTIONS |= {"path": "out", "workers": "workers", "dtype": "dtype", "rows_per_shard": "rows-per-shard"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -78,6 +82,12 @@ def run(command: Command) -> int:
             return _job(command, mixture, settings, command.out)
         case Reproduce():
             return _reproduce(command)
+        case Generate():
+            return _generate(command)
+        case Verify():
+            return verify.verify(command)
+        case Export():
+            return verify.export(command)
         case Sample():
             return _sample(command)
         case Stability():
@@ -224,6 +234,17 @@ def _reproduce(command: Reproduce) -> int:
         _print_json(done)
     elif done["report"] is not None:
         print(done["report"])
+    return 0
+
+
+def _generate(command: Generate) -> int:
+    from flowfast.cli import generate
+
+    mixture = _mixture(command.means, command.std)
+    with _arguments("--out"):
+        done = generate.run(command, generate.planned(command, mixture), mixture)
+    if command.json:
+        _print_json(done)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import multiprocessing
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 
@@ -21,6 +23,8 @@ Tell = Callable[[int], None]  # of rows made since the last call; negative when 
 
 TRIES = 3  # of a shard whose workers die
 _PATIENCE = 3.0  # seconds for a worker to end when it is told to
+_START = "spawn"  # how processes start: a fork would inherit torch's threads half-way through something
+_END = b""  # instead of a number: there are no more shards
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class _Pool:
         shard = self.next_shard()
         if shard is None:
             return
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(_START)
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(self.store.location, theirs), daemon=True)
         process.start()
@@ -117,10 +121,11 @@ class _Pool:
 
     def give(self, worker: _Worker, shard: int) -> None:
         worker.shard, worker.rows = shard, 0
-        try:
-            worker.connection.send_bytes(str(shard).encode())
-        except ConnectionError:
-            pass  # it is dead, which reading will show
+        self.send(worker, str(shard).encode())
+
+    def send(self, worker: _Worker, message: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # it is dead, which reading will show
+            worker.connection.send_bytes(message)
 
     def hear(self, worker: _Worker, message: dict[str, str | int]) -> None:
         worker.ready = True
@@ -136,9 +141,10 @@ class _Pool:
                 self.failed.append(SetAside(worker.shard, str(message["failed"])))
             shard = self.next_shard()
             if shard is None:
-                worker.connection.close()  # it ends when it reads
+                self.send(worker, _END)
                 self.workers.remove(worker)
                 worker.process.join()
+                worker.connection.close()
             else:
                 self.give(worker, shard)
 
@@ -183,8 +189,8 @@ def _serve(location: str, connection: Connection) -> None:
     try:
         maker = Maker(open_store(location))
         say(ready=1)
-        while True:
-            shard = int(connection.recv_bytes())
+        while (message := connection.recv_bytes()) != _END:
+            shard = int(message)
             try:
                 maker.make(shard, lambda rows: say(rows=rows))
                 say(finished=shard)

@@ -15,7 +15,7 @@ from flowfast.dataset.maker import read_plan
 from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, RandomTimes, grid_times, mixture_digest
 from flowfast.dataset.receipts import MANIFEST, missing_shards, sweep, write_manifest
 from flowfast.dataset.shards import row_bytes
-from flowfast.dataset.store import StorageError, Store, is_part, open_store, refusals, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, refusals, write_file
 from flowfast.dataset.teacher_dataset import TeacherDataset
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
@@ -94,8 +94,14 @@ def generate_dataset(
         ShardsFailed: a RuntimeError; trajectories failed, or a shard's workers died three times.
     """
     plan = make_plan(mixture, process, times, rows, rows_per_shard, seed=seed, dtype=dtype, backend=backend)
-    carry_out(plan, mixture, open_store(path), workers=workers, engine=engine, progress=progress)
-    return TeacherDataset(path)
+    store = open_store(path)
+    if not isinstance(store, LocalStore):
+        raise ValueError(
+            f"path must be a local folder, for the complete set is opened here; got {path}: `flowfast generate --out` "
+            "stores sets elsewhere"
+        )
+    carry_out(plan, mixture, store, workers=workers, engine=engine, progress=progress)
+    return TeacherDataset(store.location)
 
 
 def make_plan(
@@ -162,10 +168,10 @@ def carry_out(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     rank = rank or Rank()
+    missing = missing_shards(store, plan) if check_claim(store, plan) else bytearray(b"\1") * plan.n_shards
+    check_space(store, plan, mixture.dim, missing.count(1))
     claim(store, plan, mixture.to(DTYPES[plan.dtype]))
     sweep(store, complete=False)
-    missing = missing_shards(store, plan)
-    check_space(store, plan, mixture.dim, missing.count(1))
     shards = [i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]]
     whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
     tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
@@ -204,6 +210,27 @@ def _counter(done: int, whole: int, progress: Progress | None) -> Tell:
     return tell
 
 
+def check_claim(store: Store, plan: Plan) -> bool:
+    """Whether a folder is this plan's already; nothing is written.
+
+    Raises:
+        ValueError: it holds another set or other files. StorageError: it cannot be read.
+    """
+    with refusals(store):
+        if store.size(PLAN) is None:
+            try:
+                foreign = [name for name in store.list("") if not is_part(name)]
+            except NotADirectoryError as error:
+                raise ValueError(f"path must be a folder; {store.location} is a file: choose another name") from error
+            if foreign:
+                raise ValueError(f"path {store.location} is not empty and holds no teacher set: choose another folder")
+            return False
+        differing = differences(read_plan(store).to_dict(), plan.to_dict())
+        if differing:
+            raise ValueError(f"path {store.location} holds another teacher set ({differing}): choose another folder")
+        return True
+
+
 def claim(store: Store, plan: Plan, mixture: GaussianMixture) -> None:
     """Make a folder this plan's, mixture included, or refuse before anything is written.
 
@@ -211,16 +238,11 @@ def claim(store: Store, plan: Plan, mixture: GaussianMixture) -> None:
         ValueError: it holds another set or other files. StorageError: it cannot be written.
     """
     with refusals(store):
-        if store.size(PLAN) is None:
-            if any(not is_part(name) for name in store.list("")):
-                raise ValueError(f"path: {store.location} is not empty and holds no teacher set: choose another folder")
+        if not check_claim(store, plan):
             try:
                 write_file(store, PLAN, plan.dump(), replace=False)
-            except FileExistsError:
-                pass  # someone else was faster: is it the same plan?
-        differing = differences(read_plan(store).to_dict(), plan.to_dict())
-        if differing:
-            raise ValueError(f"path: {store.location} holds another teacher set ({differing}): choose another folder")
+            except FileExistsError:  # someone else was faster: is it the same plan?
+                check_claim(store, plan)
         if store.size(MIXTURE) is None:
             write_mixture(store, mixture)
     read_mixture(store, plan)

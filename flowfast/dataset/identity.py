@@ -74,7 +74,7 @@ def read_mixture(store: Store, plan: Plan) -> GaussianMixture:
         mixture = GaussianMixture(arrays["means"], arrays["std"], logs.exp())
         mixture.log_weights = logs  # exp and log would not give back every bit
         fits = logs.dtype == torch.float64 and mixture_digest(mixture) == plan.mixture
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError):
+    except (FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError):
         fits = False
     if not fits:
         raise ValueError(f"teacher set: {store.location}/{MIXTURE} is not the mixture of the plan: restore it")

@@ -8,7 +8,7 @@ from flowfast.dataset.identity import check_kernel, device_of, read_mixture
 from flowfast.dataset.plan import MOST_PLAN_BYTES, PLAN, Plan
 from flowfast.dataset.receipts import Receipt, read_receipt, receipt_name
 from flowfast.dataset.shards import make_rows, shard_name, write_shard
-from flowfast.dataset.store import Store, refusals, write_file
+from flowfast.dataset.store import Store, new_file, refusals, write_file
 
 
 class Maker:
@@ -41,21 +41,10 @@ class Maker:
         if found is not None:
             return found
         with refusals(store):
-            try:
-                part = store.open_temporary(shard_name(shard))
-                try:
-                    size, sha256 = write_shard(part[1], plan, shard, tensors)
-                    store.commit(part, shard_name(shard))
-                except BaseException:
-                    store.discard(part)
-                    raise
-                receipt = Receipt(shard, plan.rows_of(shard), size, sha256, plan.digest())
-                write_file(store, receipt_name(shard), receipt.dump())
-            except FileNotFoundError:  # whoever completed the set first has swept this unfinished file away
-                found = read_receipt(store, plan, shard)
-                if found is None:
-                    raise
-                return found
+            with new_file(store, shard_name(shard)) as stream:
+                size, sha256 = write_shard(stream, plan, shard, tensors)
+            receipt = Receipt(shard, plan.rows_of(shard), size, sha256, plan.digest())
+            write_file(store, receipt_name(shard), receipt.dump())
         return receipt
 
 

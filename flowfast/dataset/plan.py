@@ -165,7 +165,8 @@ class Plan:
             ValueError: not a plan of this version, to the last field.
         """
         stored = parse_object(content, f"teacher set: {where}")
-        if (stored.pop("format", None), stored.pop("version", None)) != (FORMAT, VERSION):
+        version = stored.pop("version", None)
+        if stored.pop("format", None) != FORMAT or type(version) is not int or version != VERSION:
             raise ValueError(f"teacher set: {where} is no plan of version {VERSION}: generate the set anew elsewhere")
         try:
             check_names(stored, (field.name for field in fields(cls)), "a plan")

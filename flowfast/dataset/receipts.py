@@ -9,7 +9,7 @@ from typing import Any
 
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.shards import SHARDS, shard_name
-from flowfast.dataset.store import Store, is_part
+from flowfast.dataset.store import Store, is_part, new_file
 from flowfast.dataset.strict_json import check_names, dump_object, parse_object
 
 RECEIPTS = "receipts"
@@ -93,26 +93,30 @@ def listed_receipts(store: Store, plan: Plan) -> Iterator[int]:
                 yield shard
 
 
-def write_manifest(store: Store, plan: Plan) -> None:
-    """Write manifest.json, one line per shard: a cache of the receipts of a complete set, which nothing trusts.
+def manifest_lines(store: Store, plan: Plan) -> Iterator[bytes]:
+    """Contents of manifest.json, one line per shard.
 
     Raises:
         ValueError: a receipt is missing.
     """
-    part = store.open_temporary(MANIFEST)
-    try:
-        part[1].write(f'{{"plan": "{plan.digest()}", "shards": ['.encode())
-        for shard in range(plan.n_shards):
-            receipt = read_receipt(store, plan, shard)
-            if receipt is None:
-                raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
-            line = f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'
-            part[1].write(line.encode())
-        part[1].write(b"\n]}\n")
-        store.commit(part, MANIFEST)
-    except BaseException:
-        store.discard(part)
-        raise
+    yield f'{{"plan": "{plan.digest()}", "shards": ['.encode()
+    for shard in range(plan.n_shards):
+        receipt = read_receipt(store, plan, shard)
+        if receipt is None:
+            raise ValueError(f"teacher set: {store.location} is incomplete, {receipt_name(shard)} does not stand")
+        yield f'{"," * (shard > 0)}\n[{shard}, {receipt.rows}, {receipt.bytes}, "{receipt.sha256}"]'.encode()
+    yield b"\n]}\n"
+
+
+def write_manifest(store: Store, plan: Plan) -> None:
+    """Write manifest.json: a cache of the receipts of a complete set, which nothing trusts.
+
+    Raises:
+        ValueError: a receipt is missing.
+    """
+    with new_file(store, MANIFEST) as stream:
+        for line in manifest_lines(store, plan):
+            stream.write(line)
 
 
 def sweep(store: Store, *, complete: bool) -> None:

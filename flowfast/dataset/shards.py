@@ -22,6 +22,7 @@ ALIGNMENT = 64  # of the first tensor within the file, bytes
 _CODES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
 _PIECE = 1 << 22  # bytes hashed and written at a time, so that they are hashed and copied from a cache
 _FIRST_CHUNK, _MOST_CHUNK = 1_024, 32_768  # rows of one call of the teacher
+_CHUNK_WORK = 2**30  # rows k d of one call at most: it is done within seconds, and Ctrl-C is heard
 
 
 def shard_name(shard: int) -> str:
@@ -53,7 +54,7 @@ def make_rows(
     n, dim, dtype = plan.rows_of(shard), mixture.dim, DTYPES[plan.dtype]
     x_from, x_to = torch.empty(n, dim, dtype=dtype), torch.empty(n, dim, dtype=dtype)
     t, segment = _times(plan, plan.first_row(shard), n)
-    for rows in _chunks(n):
+    for rows in _chunks(n, mixture.n_components * dim):
         t_from, t_to = t[rows].unbind(1)
         first, backend = plan.first_row(shard) + rows.start, plan.kernel.backend
         x = sample_rows(mixture, plan.seed, first, len(t_from), process=process, t=t_from, backend=backend)
@@ -62,16 +63,25 @@ def make_rows(
         if tick is not None:
             tick(rows.stop - rows.start)
     tensors = {"x_from": x_from, "x_to": x_to} | ({"t": t} if segment is None else {"segment": segment})
-    # The widest first, as the official writer does it, keeps every tensor aligned to its own numbers.
+    return in_file_order(tensors)
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The widest first, as the official writer does it: every tensor is then aligned to its own numbers."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
-def _chunks(n: int) -> Iterator[slice]:
-    """Short at first, so that signs of life come soon; rows do not depend on the chunks they are made in."""
-    first, rows = 0, _FIRST_CHUNK
+def _chunks(n: int, numbers: int) -> Iterator[slice]:
+    """Cut n rows: pieces short at first, so that signs of life come soon. No row depends on the cuts.
+
+    Args:
+        n: rows. numbers: k d of the mixture.
+    """
+    most = min(_MOST_CHUNK, max(16, _CHUNK_WORK // numbers))
+    first, rows = 0, min(_FIRST_CHUNK, most)
     while first < n:
         yield slice(first, min(n, first + rows))
-        first, rows = first + rows, min(2 * rows, _MOST_CHUNK)
+        first, rows = first + rows, min(2 * rows, most)
 
 
 def _times(plan: Plan, first_row: int, n: int) -> tuple[Tensor, Tensor | None]:
@@ -82,8 +92,7 @@ def _times(plan: Plan, first_row: int, n: int) -> tuple[Tensor, Tensor | None]:
         return torch.stack([grid[segment], grid[segment + 1]], 1), segment.to(torch.int32)
     if plan.random_times is None:
         raise ValueError("plan: neither times nor random_times")
-    law = plan.random_times
-    u = philox.uniforms(plan.seed, torch.arange(first_row, first_row + n), philox.TIMES)
+    law, u = plan.random_times, philox.uniform_pairs(plan.seed, torch.arange(first_row, first_row + n))
     t_from = law.t_from[0] + u[:, 0] * (law.t_from[1] - law.t_from[0])
     t_to = law.t_to[0] + u[:, 1] * (t_from.clamp(max=law.t_to[1]) - law.t_to[0])
     return torch.stack([t_from, t_to], 1), None

@@ -17,7 +17,7 @@ Part = tuple[str, BinaryIO]  # name of an unfinished file, and the stream that f
 
 
 class StorageError(OSError):
-    """Files cannot be written: no space, no permission, a device that fails. What is finished stays."""
+    """Files cannot be written or read: no space, no permission, a device that fails. What is finished stays."""
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ class Store(Protocol):
         """Close and remove an unfinished file; nothing is raised."""
 
     def read_bytes(self, name: str, most: int) -> bytes:
-        """Contents of a regular file. FileNotFoundError where there is none, ValueError above `most` bytes."""
+        """Contents of a regular file. FileNotFoundError, ValueError above `most` bytes, else StorageError."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a regular file; None where there is none."""
@@ -81,8 +81,8 @@ class LocalStore:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             _sync_folder(path.parent.parent)
-        part = f".{path.name}.{_scope()}-{os.getpid()}-{secrets.token_hex(4)}.part"
-        return os.fspath((path.parent / part).relative_to(self._root)), (path.parent / part).open("xb")
+        part = part_name(name)
+        return part, (self._root / part).open("xb")
 
     def commit(self, part: Part, name: str, *, replace: bool = True) -> None:
         """See `Store`."""
@@ -111,8 +111,13 @@ class LocalStore:
             raise FileNotFoundError(f"{self._root / name} does not exist or is no regular file")
         if size > most:
             raise ValueError(f"{self._root / name} must hold at most {most} bytes; it holds {size}: restore it")
-        with (self._root / name).open("rb") as stream:
-            return stream.read(most)
+        try:
+            with (self._root / name).open("rb") as stream:
+                return stream.read(most)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self._root / name} cannot be read ({error.strerror}): mend it") from error
 
     def size(self, name: str) -> int | None:
         """See `Store`."""
@@ -134,9 +139,7 @@ class LocalStore:
 
     def is_abandoned(self, part: str) -> bool:
         """See `Store`."""
-        scope, _, rest = part.split(".")[-2].partition("-")
-        pid = rest.partition("-")[0]
-        return scope == _scope() and pid.isdigit() and not os.path.exists(f"/proc/{pid}")
+        return is_abandoned(part)
 
     def free_bytes(self) -> int | None:
         """See `Store`."""
@@ -147,8 +150,30 @@ class LocalStore:
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at `location`."""
-    return LocalStore(location)
+    """The store at `location`: a folder, or an address that fsspec knows, such as "s3://bucket/set".
+
+    Raises:
+        ValueError, ModuleNotFoundError: see `RemoteStore`.
+    """
+    scheme, found, path = str(location).partition("://")
+    if not found or scheme in ("file", "local"):
+        return LocalStore(path if found else location)
+    from flowfast.dataset.remote_store import RemoteStore
+
+    return RemoteStore(str(location))
+
+
+def part_name(name: str) -> str:
+    """A new name beside `name` for its unfinished file; it says which process of which machine writes it."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}.{last}.{_scope()}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def is_abandoned(part: str) -> bool:
+    """Whether the unfinished file `part` is of a process of this machine that has ended."""
+    scope, _, rest = part.split(".")[-2].partition("-")
+    pid = rest.partition("-")[0]
+    return scope == _scope() and pid.isdigit() and not os.path.exists(f"/proc/{pid}")
 
 
 def is_part(name: str) -> bool:
@@ -157,15 +182,29 @@ def is_part(name: str) -> bool:
     return last.startswith(".") and last.endswith(".part")
 
 
-def write_file(store: Store, name: str, content: bytes, *, replace: bool = True) -> None:
-    """Write a small file, whole or not at all."""
+@contextlib.contextmanager
+def new_file(store: Store, name: str, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """The stream of a file that stands after the block, whole, or not at all where the block or the store fails.
+
+    Of several processes at one set, whoever completes it first sweeps away what the others have not finished. Theirs
+    was to be the same file, which stands then: that is no failure.
+    """
     part = store.open_temporary(name)
     try:
-        part[1].write(content)
+        yield part[1]
         store.commit(part, name, replace=replace)
-    except BaseException:
+    except BaseException as error:
         store.discard(part)
-        raise
+        if not isinstance(error, FileNotFoundError) or store.size(name) is None:
+            raise
+        if not replace:
+            raise FileExistsError(f"{store.location}/{name} exists") from error
+
+
+def write_file(store: Store, name: str, content: bytes, *, replace: bool = True) -> None:
+    """Write a small file, whole or not at all."""
+    with new_file(store, name, replace=replace) as stream:
+        stream.write(content)
 
 
 @functools.cache
