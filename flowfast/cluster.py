@@ -9,7 +9,9 @@ import collections
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +54,11 @@ def connected(address: str | None = None) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "configure_logging": False}
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        with _own_signals():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): start one") from error
     try:
@@ -65,13 +68,13 @@ def connected(address: str | None = None) -> Iterator[Any]:
 
 
 def run_tasks(
-    ray: Any, work: Callable[[str], str], requests: Sequence[str], *, gpus: int = 0
+    ray: Any, work: Callable[[str], str], requests: Iterable[str], *, gpus: int = 0
 ) -> Iterator[Answer]:  # fmt: skip
     """Call `work` with every request, on one core or one GPU of the cluster each; answers come as tasks end.
 
     Args:
         ray: from `connected`. work: of an importable module; it may be called again for a request that was lost.
-        requests: texts. gpus: 1 where the work needs one.
+        requests: texts, read as they are needed. gpus: 1 where the work needs one.
 
     Raises:
         ValueError: the cluster has no GPU where one is needed. RuntimeError: `work` raised.
@@ -80,23 +83,23 @@ def run_tasks(
     if not ray.cluster_resources().get(kind):
         raise ValueError(f"the Ray cluster has no {kind}: add a machine that has one")
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(work)  # tries are counted here
-    waiting, running = collections.deque(range(len(requests))), dict[Any, int]()
-    tries: collections.Counter[int] = collections.Counter()
+    fresh, again = enumerate(requests), collections.deque[tuple[int, str]]()
+    running, tries = dict[Any, tuple[int, str]](), collections.Counter[int]()
     try:
-        while waiting or running:
+        while True:
             most = _AHEAD * max(1, int(ray.cluster_resources().get(kind, 0)))
-            while waiting and len(running) < most:
-                index = waiting.popleft()
-                running[task.remote(requests[index])] = index
+            while len(running) < most and (found := again.popleft() if again else next(fresh, None)):
+                running[task.remote(found[1])] = found
+            if not running:
+                return
             for done in ray.wait(list(running), timeout=1.0)[0]:
-                index = running.pop(done)
+                index, request = running.pop(done)
                 answer = _result(ray, done, index)
-                if answer.text is None:
-                    tries[index] += 1
-                    if tries[index] < TRIES:
-                        waiting.append(index)
-                        continue
-                yield answer
+                tries[index] += answer.text is None
+                if answer.text is None and tries[index] < TRIES:
+                    again.append((index, request))
+                else:
+                    yield answer
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -109,3 +112,16 @@ def _result(ray: Any, reference: Any, index: int) -> Answer:
         raise RuntimeError(f"a task of the cluster failed: {error.cause!r}") from error
     except ray.exceptions.RayError as error:
         return Answer(index, None, str(error).partition("\n")[0])
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's way of ending: Ray puts one of its own in its place when it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)

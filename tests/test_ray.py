@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cluster_tasks import fragile
 from tiny_tables import KILLED, tiny_tables  # noqa: F401  (a fixture)
 
 from flowfast import GaussianMixture, OUProcess, cluster, generate_dataset, time_grid
+from flowfast.cluster import Answer
+from flowfast.dataset.generate import ShardsFailed
 from flowfast.experiments.paper import reproduce
 from flowfast.experiments.paper.records import read
+from flowfast.rank import Rank
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray (extra cluster) is not installed")
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -76,7 +82,9 @@ def shards(folder: Path) -> dict[str, str]:
 @needs_ray
 def test_a_task_that_dies_is_tried_again_and_set_aside_in_the_end(machines: Machines, tmp_path: Path) -> None:
     requests = ["a", f"first {tmp_path / 'once'}", "die", "b"]
+    before = signal.getsignal(signal.SIGTERM)
     with cluster.connected() as ray:
+        assert signal.getsignal(signal.SIGTERM) == before  # the command line's own, which exits with 143
         answers = {answer.index: answer for answer in cluster.run_tasks(ray, fragile, requests)}
         assert {index: answer.text for index, answer in answers.items()} == {
             0: "A", 1: requests[1].upper(), 2: None, 3: "B"
@@ -86,7 +94,7 @@ def test_a_task_that_dies_is_tried_again_and_set_aside_in_the_end(machines: Mach
             list(cluster.run_tasks(ray, fragile, ["raise"]))
         with pytest.raises(ValueError, match="has no GPU"):
             list(cluster.run_tasks(ray, fragile, ["a"], gpus=1))
-    assert not ray.is_initialized()
+    assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) == before
 
 
 @needs_ray
@@ -115,6 +123,44 @@ def test_tables_have_the_same_results_when_a_machine_dies(machines: Machines, tm
     assert len(local) == 8 and ray.keys() == local.keys()
     assert all(ray[name].metrics == local[name].metrics for name in local)
     assert not any((tmp_path / "ray" / "unfinished").iterdir())
+
+
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that does every task here but the second one, which is lost again and again."""
+
+    def run_tasks(ray: None, work: Callable[[str], str], requests: Iterable[str], *, gpus: int = 0) -> Iterator[Answer]:
+        for index, request in enumerate(requests):
+            yield Answer(index, None, "node died") if index == 1 else Answer(index, work(request))
+
+    monkeypatch.setattr(cluster, "connected", lambda address=None: nullcontext())
+    monkeypatch.setattr(cluster, "run_tasks", run_tasks)
+
+
+@pytest.mark.usefixtures("losing")
+def test_a_lost_shard_is_named_and_all_others_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(ShardsFailed, match="first shard 1: node died, 3 times") as caught:
+            generate_dataset(MIXTURE, PROCESS, TIMES, 4_000, "set", rows_per_shard=1_000, engine="ray")
+    finally:
+        torch.set_num_threads(threads)
+    assert [each.shard for each in caught.value.shards] == [1] and len(shards(tmp_path / "set")) == 3
+    assert len(generate_dataset(MIXTURE, PROCESS, TIMES, 4_000, "set", rows_per_shard=1_000)) == 4_000
+
+
+@pytest.mark.usefixtures("losing")
+def test_a_lost_run_stays_a_hole_until_the_next_call(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"1 runs stay holes, first: Table .*, seed . \(node died, 3 times\)"):
+        reproduce(KILLED, tmp_path, engine="ray")
+    assert len(read(tmp_path)) == 3
+    reproduce(KILLED, tmp_path)
+    assert len(read(tmp_path)) == 4
+    with pytest.raises(ValueError, match="unset RANK"):
+        reproduce(KILLED, tmp_path, engine="ray", rank=Rank(0, 2))
+    with pytest.raises(ValueError, match="engine must be one of local, ray"):
+        reproduce(KILLED, tmp_path, engine="spark")
 
 
 def test_what_is_missing_is_said_with_the_command_that_mends_it(

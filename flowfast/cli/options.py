@@ -140,7 +140,7 @@ class Generate(MixtureFile):
     backend: str = "auto"
     """Teacher's backend: auto, cpp, triton, reference."""
     engine: Literal["local", "ray"] = "local"
-    """Who computes: this machine, or a Ray cluster. RANK and WORLD_SIZE, or a SLURM array, divide the shards, too."""
+    """Who computes: this machine, or the Ray cluster at RAY_ADDRESS. RANK or a SLURM array divides the shards, too."""
     workers: int | None = None
     """Processes of one thread each; 1 computes in this one on all threads. None chooses."""
     dry_run: bool = False

@@ -1,6 +1,6 @@
 """Making the missing shards of a set on a Ray cluster: numbers go out, receipts come back.
 
-The folder must be one that every machine of the cluster sees.
+The cluster is the one at RAY_ADDRESS, or a Ray on this machine alone. The set must lie where all its machines see it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,8 @@ def run_ray(store: Store, shards: Sequence[int], tell: Tell) -> list[SetAside]:
             machine cannot go on with the plan.
     """
     plan, failed = read_plan(store), []
-    requests = [json.dumps({"location": store.location, "shard": shard}) for shard in shards]
+    location = store.location if "://" in store.location else str(Path(store.location).absolute())
+    requests = (json.dumps({"location": location, "shard": shard}) for shard in shards)
     gpus = int(plan.kernel.backend == "triton")
     with cluster.connected() as ray:
         try:
