@@ -226,6 +226,15 @@ def test_unfinished_files_of_the_dead_are_swept(tmp_path):
     assert contents(tmp_path) == whole
 
 
+def test_a_shard_that_someone_else_finished_is_not_made_again(tmp_path, monkeypatch):
+    whole = contents(Path(generate(tmp_path).folder))
+    monkeypatch.setattr("flowfast.dataset.maker.make_rows", lambda *arguments, **more: 1 / 0)
+    seen = []
+    assert Maker(open_store(tmp_path)).make(2, seen.append).rows == 2
+    assert seen == [2]  # its rows count as made
+    assert contents(tmp_path) == whole
+
+
 SCRIPT = """
 import sys, time
 import test_dataset
