@@ -72,9 +72,15 @@ class Digits(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(JobOptions, MixtureFile):
+class Distill(JobOptions):
     """Distil students from a mixture of your own, with a report. Stopped and called again, it goes on."""
 
+    means: Path | None = None
+    """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors (means, std, weights)."""
+    std: float | None = None
+    """Standard deviation of every component; none takes the file's."""
+    data: Path | None = None
+    """Teacher set made by `flowfast generate`, in place of --means: its mixture, process, time grid and pairs."""
     image_shape: ImageShape = None
     """Show samples as grey images of this shape."""
 
@@ -105,8 +111,10 @@ class Reproduce:
     """Students trained together at most; none chooses by device."""
     jobs: int | None = None
     """Processes on this machine; none is one per core on the CPU, with one thread each, and one on a GPU."""
-    engine: Literal["local"] = "local"
-    """Who starts processes: this machine. RANK and WORLD_SIZE, or a SLURM array, divide runs among processes, too."""
+    engine: Literal["local", "ray"] = "local"
+    """Who works: this machine, or a Ray cluster. RANK and WORLD_SIZE, or a SLURM array, divide runs without either."""
+    address: str | None = None
+    """Of the Ray cluster, such as auto; none takes RAY_ADDRESS, or starts Ray on this machine alone."""
     json: bool = False
     """Print what was done as JSON on stdout, and nothing else there."""
 
@@ -138,7 +146,7 @@ class Generate(MixtureFile):
     backend: str = "auto"
     """Teacher's backend: auto, cpp, triton, reference."""
     engine: Literal["local", "ray"] = "local"
-    """Who computes: this machine, or a Ray cluster. RANK and WORLD_SIZE, or a SLURM array, divide the shards, too."""
+    """Who computes: this machine, or the Ray cluster at RAY_ADDRESS. RANK or a SLURM array divides the shards, too."""
     workers: int | None = None
     """Processes of one thread each; 1 computes in this one on all threads. None chooses."""
     dry_run: bool = False

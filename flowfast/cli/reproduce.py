@@ -61,6 +61,8 @@ def run(command: Reproduce) -> dict[str, Any]:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1; got {value}")
+    if command.address is not None and command.engine != "ray":
+        raise UsageError("--address is of a Ray cluster: add --engine ray")
     try:
         summary = _work(command, request, rank)
     except FolderError as error:
@@ -79,6 +81,12 @@ def run(command: Reproduce) -> dict[str, Any]:
 
 
 def _work(command: Reproduce, request: Request, rank: Rank) -> Summary:
+    if command.engine == "ray":
+        with _watch() as listener:
+            return reproduce(
+                request, command.out, device=command.device, rank=rank, listener=listener, most=command.members,
+                engine="ray", address=command.address,
+            )  # fmt: skip
     left = pending(request, command.out, device=command.device, most=command.members)
     one = rank.world > 1 or command.device != "cpu"
     jobs = min(left, command.jobs or (1 if one else cores()))

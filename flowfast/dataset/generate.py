@@ -191,7 +191,9 @@ def _run(store: Store, shards: Sequence[int], workers: int, engine: str, tell: T
     if not shards:
         return []
     if engine == "ray":
-        raise ValueError("engine 'ray' is not there yet: use engine='local'")
+        from flowfast.dataset.ray_engine import run_ray
+
+        return run_ray(store, shards, tell)
     if workers == 1:
         return run_here(store, shards, tell)
     return run_pool(store, shards, workers, tell)

@@ -113,7 +113,7 @@ class LocalStore:
             raise ValueError(f"{self._root / name} must hold at most {most} bytes; it holds {size}: restore it")
         try:
             with (self._root / name).open("rb") as stream:
-                return stream.read(most)
+                return stream.read(size)  # read(most) would set aside that much memory
         except FileNotFoundError:
             raise
         except OSError as error:

@@ -36,11 +36,9 @@ class Training:
     def __init__(self, group: Group, folder: Path, device: torch.device) -> None:
         self._members = list(group.members())
         self._settings = group.runs[0].settings
-        place = folder / UNFINISHED
-        place.mkdir(exist_ok=True)
-        self._checkpoint = place / f"{group.digest()}.safetensors"
-        self._clock_file = place / f"{group.digest()}.json"
-        self._clock = Clock(self._clock_file, every=0.0)
+        self._checkpoint, clock = _files(folder, group)
+        self._checkpoint.parent.mkdir(exist_ok=True)
+        self._clock = Clock(clock, every=0.0)
         self._seconds = 0.0
         self._identity = {"group": [run.identity() for run in group.runs]}
         bounds = [run.settings.weight_bound or math.inf for run, _ in self._members]
@@ -87,14 +85,21 @@ class Training:
         """This run's share of the group's training time: all attempts, each up to its last checkpoint."""
         return self._seconds * run.settings.segments / len(self._members)
 
-    def forget(self) -> None:
-        """Remove the checkpoint of a group whose runs are all stored."""
-        self._checkpoint.unlink(missing_ok=True)
-        self._clock_file.unlink(missing_ok=True)
-
     def _write(self) -> None:
         self._ensemble.write(self._checkpoint, self._identity)
         self._clock.tick()
+
+
+def forget(folder: Path, group: Group) -> None:
+    """Remove the checkpoint of a group whose runs are all stored."""
+    for path in _files(folder, group):
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path, group: Group) -> tuple[Path, Path]:
+    """Checkpoint and clock of a group."""
+    place, name = folder / UNFINISHED, group.digest()
+    return place / f"{name}.safetensors", place / f"{name}.json"
 
 
 def student_of(run: Run, segment: int) -> nn.Module:
