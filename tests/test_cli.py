@@ -95,7 +95,7 @@ WRONG = [
     ("distill --data full --out new", "--data: teacher set: full/plan.json does not exist"),
     ("verify nowhere", "FOLDER: teacher set: nowhere is no folder"),
     ("export full", "FOLDER: teacher set: full/plan.json does not exist"),
-    ("export job/grids/balanced/teacher --format csv", "--format.*csv"),
+    ("export job/grids/balanced/teacher --format csv", "'csv' for argument '--format'"),
     ("digits --std 0 --out new", "--std must be positive"),
     ("sample job --n 0", "--n must be at least 1; got 0"),
     ("sample job --n many", "--n.*'many'"),
@@ -271,9 +271,9 @@ def test_failed_and_stopped_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from flowfast.cli import commands
+    from flowfast.cli import distill
 
-    monkeypatch.setattr(commands, "run_job", _fail(error))
+    monkeypatch.setattr(distill, "run_job", _fail(error))
     assert _call("distill --means means.npy --std 0.1 --out new", capsys) == (code, "", sentence)
 
 

@@ -380,6 +380,22 @@ def test_the_watch_sees_what_it_watches_for(root):
     assert {said.split()[0] for said in told} >= {"os.system", "pickle.find_class", "exec"}
 
 
+@pytest.mark.parametrize("name", ["shards", "receipts"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    def generate() -> None:
+        mixture = GaussianMixture.random(3, 2, std=0.5, seed=0)
+        generate_dataset(mixture, OUProcess(5.0), (1.0, 0.0), 4, tmp_path / "set", backend="reference")
+
+    generate()
+    outside(name)(tmp_path / "set")
+    (place,) = tmp_path.glob("outside-*")
+    for path in place.iterdir():
+        path.unlink()
+    with pytest.raises(OSError, match="is a link: the folders of a teacher set must be its own"):
+        generate()
+    assert not list(place.iterdir())
+
+
 def test_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
