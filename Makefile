@@ -35,7 +35,7 @@ $(VENV)/.core: $(CSRC) setup.py | $(VENV)/.base
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $$($(PY) -c "import tomllib; \
 	extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	print(*extras['dev'], *extras['gpu'])")
+	print(*extras['dev'], *extras['gpu'], *extras['cluster'])")
 	@touch $@
 
 run: $(VENV)/.base $(VENV)/.core

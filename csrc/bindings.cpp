@@ -49,6 +49,17 @@ double bind_diameter(Address means, int64_t k, int64_t d, int threads) {
 }
 
 template <class T>
+void bind_sample(Address out, Address means, Address cumulative, Address alpha, bool alpha_per_row, Address std,
+                 bool std_per_row, uint64_t seed, int64_t first_row, int64_t n, int64_t k, int64_t d, int threads) {
+  SampleJob<T> job{};
+  job.means = to<const T>(means), job.cumulative = to<const double>(cumulative), job.out = to<T>(out);
+  job.alpha = to<const double>(alpha), job.std = to<const double>(std);
+  job.alpha_step = alpha_per_row, job.std_step = std_per_row;
+  job.seed = seed, job.first_row = first_row, job.k = k, job.d = d;
+  sample<T>(job, n, threads);
+}
+
+template <class T>
 void bind_exp2(Address x, Address out, int64_t n) {
   kernels<T>().exp2(to<const T>(x), to<T>(out), n);
 }
@@ -59,6 +70,7 @@ void bind_all(py::module_& m, const std::string& dtype) {
   m.def(("posterior_" + dtype).c_str(), bind_posterior<T>, released);
   m.def(("flow_" + dtype).c_str(), bind_flow<T>, released);
   m.def(("diameter_" + dtype).c_str(), bind_diameter<T>, released);
+  m.def(("sample_" + dtype).c_str(), bind_sample<T>, released);
   m.def(("exp2_" + dtype).c_str(), bind_exp2<T>, released);
   m.def(("block_" + dtype).c_str(), [] { return kernels<T>().block; });
 }

@@ -11,6 +11,7 @@ namespace flowfast {
 namespace {
 
 constexpr double kFlopsPerThread = 2e6;    // below this, waking another thread costs more than it saves
+constexpr double kFlopsPerNormal = 50;     // roughly, of drawing one number
 constexpr size_t kPackedBytes = 48 << 20;  // larger mixtures are packed panel by panel, unless a flow needs all panels
 constexpr size_t kLargeOutput = 4 << 20;   // a larger one leaves the caches anyway
 constexpr size_t kSecondCache = 1 << 19;   // panels that fit are read again for every block of points
@@ -165,11 +166,20 @@ double diameter(const T* means, int64_t k, int64_t d, int threads) {
   return *std::max_element(largest.begin(), largest.end());
 }
 
+template <class T>
+void sample(const SampleJob<T>& job, int64_t n, int threads) {
+  if (n == 0) return;
+  prefer_huge_pages(job.out, size_t(n * job.d) * sizeof(T));
+  threads = useful_threads(threads, kFlopsPerNormal * double(n) * double(job.d));
+  share(n, kernels<T>().block, threads, [&](Work& work, Arena& arena) { kernels<T>().sample(job, work, arena); });
+}
+
 #define FLOWFAST_INSTANTIATE(T)                                                                                     \
   template void posterior(PosteriorJob<T>, const T*, const T*, int64_t, int64_t, int64_t, int);                     \
   template void flow(FlowJob<T>, const T*, const T*, const double*, const double*, int64_t, int64_t, int64_t, Form, \
                      int);                                                                                          \
-  template double diameter(const T*, int64_t, int64_t, int);
+  template double diameter(const T*, int64_t, int64_t, int);                                                        \
+  template void sample(const SampleJob<T>&, int64_t, int);
 FLOWFAST_INSTANTIATE(float)
 FLOWFAST_INSTANTIATE(double)
 

@@ -31,4 +31,7 @@ void flow(FlowJob<T> job, const T* means, const T* log_weights, const double* co
 template <class T>
 double diameter(const T* means, int64_t k, int64_t d, int threads);
 
+template <class T>
+void sample(const SampleJob<T>& job, int64_t n, int threads);
+
 }  // namespace flowfast

@@ -1,5 +1,6 @@
 // The kernels of one instruction set. Compiled once per set with its own flags and its own FLOWFAST_ISA.
 #include "flow_adaptive.hpp"
+#include "sampling.hpp"
 #include "weights.hpp"
 
 #define FLOWFAST_TEXT(name) #name
@@ -25,7 +26,7 @@ void adaptive(const FlowJob<T>& job, Work& work, Arena& arena) {
 
 template <class T>
 constexpr Kernels<T> table{B<T>,     packed_size<T>, pack<T>,     pointwise<T>, gram<T>,
-                           fixed<T>, adaptive<T>,    diameter<T>, exp2_array<T>};
+                           fixed<T>, adaptive<T>,    diameter<T>, sample<T>,    exp2_array<T>};
 
 }  // namespace
 

@@ -63,6 +63,18 @@ struct FlowJob {
   int32_t *attempts, *evaluations;  // (n,) adaptive
 };
 
+// Row i is alpha_i mean_c + std_i z: component c and normals z are functions of the seed and of first_row + i.
+template <class T>
+struct SampleJob {
+  const T* means;                // (k, d)
+  const double* cumulative;      // (k,) sums of weights, never falling, the last one at least 1
+  const double *alpha, *std;     // (n,) or (1,)
+  int64_t alpha_step, std_step;  // 1 or 0
+  uint64_t seed;
+  int64_t first_row, k, d;
+  T* out;  // (n, d)
+};
+
 template <class T>
 struct Kernels {
   int64_t block;                                      // B
@@ -73,6 +85,7 @@ struct Kernels {
   void (*flow_fixed)(const FlowJob<T>&, Work&, Arena&);
   void (*flow_adaptive)(const FlowJob<T>&, Work&, Arena&);
   double (*diameter)(const Components<T>&, Work&, Arena&);  // of the rows in this worker's share of the triangle
+  void (*sample)(const SampleJob<T>&, Work&, Arena&);
   void (*exp2)(const T* x, T* out, int64_t n);
 };
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowfast.dataset import TeacherDataset, generate_dataset
+    from flowfast.dataset import TeacherDataset, export_dataset, generate_dataset, verify_dataset
     from flowfast.distillation import Evaluation, Recipe, distill, evaluate
     from flowfast.ensemble import Ensemble
     from flowfast.flow import FlowSolution, flow_map, solve_flow
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         velocity,
     )
     from flowfast.process import OUProcess
+    from flowfast.sampling import sample_rows
     from flowfast.stability import (
         StabilityRegimes,
         cumulative_stability,
@@ -71,6 +72,7 @@ __all__ = [
     "distill",
     "divergence",
     "evaluate",
+    "export_dataset",
     "flow_amplification",
     "flow_jacobian_product",
     "flow_map",
@@ -85,6 +87,7 @@ __all__ = [
     "posterior_weights",
     "relative_errors",
     "relative_mse",
+    "sample_rows",
     "score",
     "signed_stability",
     "solve_flow",
@@ -92,12 +95,13 @@ __all__ = [
     "stability_regimes",
     "time_grid",
     "velocity",
+    "verify_dataset",
 ]
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
     "distillation", "metrics", "ensemble", "teacher_pairs", "theory", "variational",
-    "theory.mismatch", "theory.lipschitz",
+    "theory.mismatch", "theory.lipschitz", "sampling",
 )  # fmt: skip
 
 

@@ -276,3 +276,24 @@ def diameter(means: Tensor) -> float:
     k, d = means.shape
     address = _address("means", means, means.dtype, (k, d))
     return float(_function("diameter", means.dtype)(address, k, d, torch.get_num_threads()))
+
+
+def sample(
+    means: Tensor, cumulative: Tensor, alpha: Tensor, std: Tensor, seed: int, first_row: int, n: int
+) -> Tensor:  # fmt: skip
+    """Rows (n, d) alpha_i mean_c + std_i z: component c and normals z are those of row first_row + i, see philox.py.
+
+    Args:
+        means: (k, d). cumulative: float64 (k,), sums of weights, the last one at least 1. seed, first_row: below 2^63.
+    """
+    k, d = means.shape
+    out = means.new_empty(n, d)
+    _function("sample", means.dtype)(
+        out.data_ptr(),
+        _address("means", means, means.dtype, (k, d)),
+        _address("cumulative", cumulative, torch.float64, (k,)),
+        *(_address("alpha", alpha, torch.float64, (), (n,)), alpha.ndim == 1),
+        *(_address("std", std, torch.float64, (), (n,)), std.ndim == 1),
+        *(seed, first_row, n, k, d, torch.get_num_threads()),
+    )
+    return out

@@ -91,6 +91,13 @@ def diameter(means: Tensor) -> float:
     return largest_distance(means)
 
 
+def normals(n: int, d: int, seed: int, first_row: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normals (n, d) of rows first_row, first_row + 1, ...; float32 or float64."""
+    from flowfast.kernels.random import draw_normals
+
+    return draw_normals(n, d, seed, first_row, dtype=dtype, device=device)
+
+
 def flow_fixed(
     x: Tensor,
     means: Tensor,

@@ -160,7 +160,9 @@ def _stored_pairs(data: TeacherDataset, batch: int, seed: int, device: torch.dev
     """Rows drawn with replacement, others for every segment: a segment then sees more starting points per step."""
 
     def pairs(step: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(data), (data.n_segments, batch), generator=generator_for(seed, "rows", step))
+        rows = torch.randint(
+            data.pairs_per_segment, (data.n_segments, batch), generator=generator_for(seed, "rows", step)
+        )
         both = [data.pair(i, rows[i]) for i in range(data.n_segments)]
         x_from, x_to = (torch.stack(list(side)) for side in zip(*both, strict=True))
         return x_from.to(device), x_to.to(device)
@@ -199,7 +201,7 @@ def _fresh_pairs(
 
 
 def _check_data(data: TeacherDataset, mixture: GaussianMixture, process: OUProcess, grid: tuple[float, ...]) -> None:
-    there = {"mixture": data.plan.mixture, "process": data.plan.process, "times": list(data.plan.times)}
+    there = {"mixture": data.plan.mixture, "process": data.plan.process, "times": list(data.plan.times or ())}
     here = {
         "mixture": mixture_digest(mixture.to(data.dtype)),
         "process": process.to_dict(),
@@ -208,6 +210,8 @@ def _check_data(data: TeacherDataset, mixture: GaussianMixture, process: OUProce
     differing = differences(there, here)
     if differing:
         raise ValueError(f"data: {data.folder} is of another problem ({differing}): generate a set for this one")
+    if not data.pairs_per_segment:
+        raise ValueError(f"data: {data.folder} has {len(data)} rows, less than one per segment: generate more")
 
 
 def _settings(

@@ -2,7 +2,8 @@
 
 Number j of row i comes from the 128-bit counter (i mod 2^32, i / 2^32, j / 4, 0) under the 64-bit key `seed`, whatever
 the tile, the launch or the GPU. Its four words make four normals: words 0 and 1 the first two, 2 and 3 the others.
-Uniform numbers have 32 bits, so that normals reach 6.7.
+Uniform numbers have 32 bits, so that normals reach 6.7. flowfast/philox.py says the same for the CPU: either changes
+with the other.
 """
 
 from __future__ import annotations

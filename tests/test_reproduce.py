@@ -191,11 +191,12 @@ def test_teachers_differ_where_the_published_one_has_left_the_flow(tmp_path: Pat
 
 
 def test_weights_stay_within_the_bound(tmp_path: Path) -> None:
-    from flowfast.experiments.paper.training import Training
+    from flowfast.experiments.paper.training import Training, forget
 
     runs = [Run(replace(TABLES[3].settings({"sigma0": 0.1, "B": bound}), steps=300), 0) for bound in (0.1, 0.25)]
     for run in runs:
-        training = Training(grouped([run], CPU)[0], tmp_path, CPU)
+        (group,) = grouped([run], CPU)
+        training = Training(group, tmp_path, CPU)
         training.run(lambda done, total, loss: None, every=9.0)
         (student,) = training.students(run)
         largest = max(
@@ -203,7 +204,7 @@ def test_weights_stay_within_the_bound(tmp_path: Path) -> None:
         )
         bound = torch.tensor(run.settings.weight_bound)
         assert largest <= float(bound) and training.seconds(run) > 0
-        training.forget()
+        forget(tmp_path, group)
     assert not any((tmp_path / "unfinished").iterdir())
 
 
@@ -333,9 +334,7 @@ def test_a_diverging_run_stays_a_hole_and_the_others_are_stored(
         return student
 
     monkeypatch.setattr(training, "student_of", wild)
-    with pytest.raises(
-        RuntimeError, match="1 runs diverged and stay holes, first: Table 3: sigma0=0.1, B=0.1.* seed 0"
-    ):
+    with pytest.raises(RuntimeError, match="1 runs stay holes, first: Table 3: sigma0=0.1, B=0.1.* seed 0 .*diverged"):
         reproduce(FEW, tmp_path)
     assert [record.seed for record in read(tmp_path).values()] == [1]
 

@@ -44,7 +44,7 @@ class JobOptions:
     grid: Grids = ("uniform", "balanced", "measured")
     """Grids to distil on: uniform, balanced, signed, measured."""
     rows: int = 24_576
-    """Teacher trajectories stored per grid."""
+    """Teacher pairs stored per segment of a grid."""
     evaluation_rows: int = 2_048
     """Fresh starting points on which errors are measured."""
     steps: int | None = None
@@ -74,9 +74,15 @@ class Digits(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(JobOptions, MixtureFile):
+class Distill(JobOptions):
     """Distil students from a mixture of your own, with a report. Stopped and called again, it goes on."""
 
+    means: Path | None = None
+    """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors (means, std, weights)."""
+    std: float | None = None
+    """Standard deviation of every component; none takes the file's."""
+    data: Path | None = None
+    """Teacher set made by `flowfast generate`, in place of --means: its mixture, process, time grid and pairs."""
     image_shape: ImageShape = None
     """Show samples as grey images of this shape."""
 
@@ -107,10 +113,76 @@ class Reproduce:
     """Students trained together at most; none chooses by device."""
     jobs: int | None = None
     """Processes on this machine; none is one per core on the CPU, with one thread each, and one on a GPU."""
-    engine: Literal["local"] = "local"
-    """Who starts processes: this machine. RANK and WORLD_SIZE, or a SLURM array, divide runs among processes, too."""
+    engine: Literal["local", "ray"] = "local"
+    """Who works: this machine, or a Ray cluster. RANK and WORLD_SIZE, or a SLURM array, divide runs without either."""
+    address: str | None = None
+    """Of the Ray cluster, such as auto; none takes RAY_ADDRESS, or starts Ray on this machine alone."""
     json: bool = False
     """Print what was done as JSON on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(MixtureFile):
+    """Store exact teacher pairs of a mixture of your own. Stopped and called again, it goes on."""
+
+    out: str
+    """Folder of the set, or an address that fsspec knows: s3://bucket/set, sftp://host/set, ..."""
+    rows: int
+    """Teacher pairs in all; row i belongs to segment i modulo segments."""
+    segments: int = 4
+    """Segments of the time grid."""
+    grid: Literal["uniform", "balanced", "signed", "measured"] = "measured"
+    """Time grid."""
+    random_times: bool = False
+    """A pair of times of its own for every row, t_from uniform up to the horizon and t_to below it; no grid."""
+    beta: float = 5.0
+    """Constant rate of the forward process, per unit of time."""
+    horizon: float = 1.0
+    """Time at which the noise starts."""
+    seed: int = 0
+    """Seed of the starting points."""
+    dtype: Literal["float32", "float64"] | None = None
+    """Of the numbers; none takes the means'."""
+    rows_per_shard: int | None = None
+    """Pairs per file; none takes 262144, or what 128 MiB hold."""
+    backend: str = "auto"
+    """Teacher's backend: auto, cpp, triton, reference."""
+    engine: Literal["local", "ray"] = "local"
+    """Who computes: this machine, or the Ray cluster at RAY_ADDRESS. RANK or a SLURM array divides the shards, too."""
+    workers: int | None = None
+    """Processes of one thread each; 1 computes in this one on all threads. None chooses."""
+    dry_run: bool = False
+    """Say what would be stored and how long it would take; write nothing."""
+    json: bool = False
+    """Print what was done as JSON on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read a teacher set and compare every file with its receipt. Exit code 1 when something is wrong."""
+
+    folder: Folder
+    """Folder of the set."""
+    repair: bool = False
+    """Make bad and missing shards again, the same bytes, and remove unfinished files."""
+    rebuild: bool = False
+    """Write manifest.json anew from the receipts."""
+    json: bool = False
+    """Print the findings as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a teacher set in a format that other programs read."""
+
+    folder: Folder
+    """Folder of the set."""
+    format: Literal["parquet", "npy"] = "parquet"
+    """One Parquet file (needs pyarrow), or a folder of .npy arrays."""
+    out: Path | None = None
+    """File or folder to write; none takes the set's name with .parquet or -npy."""
+    json: bool = False
+    """Print what was written as JSON on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +257,9 @@ Command = (
     Annotated[Digits, subcommand("digits")]
     | Annotated[Distill, subcommand("distill")]
     | Annotated[Reproduce, subcommand("reproduce")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Stability, subcommand("stability")]
     | Annotated[Doctor, subcommand("doctor")]

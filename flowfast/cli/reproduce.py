@@ -18,8 +18,8 @@ from flowfast.cli.jobs import cores, run_jobs
 from flowfast.cli.options import Reproduce, UsageError
 from flowfast.experiments import FolderError
 from flowfast.experiments.paper import TABLES, Progress, Request, Summary, pending, reproduce, summarise
-from flowfast.experiments.paper.plan import Rank
 from flowfast.experiments.paper.settings import Precision, Student, Teacher, Variant
+from flowfast.rank import Rank
 from flowfast.report.numbers import number
 from flowfast.report.paper import write_tables_report
 from flowfast.report.paper_rows import main_grid
@@ -61,6 +61,8 @@ def run(command: Reproduce) -> dict[str, Any]:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1; got {value}")
+    if command.address is not None and command.engine != "ray":
+        raise UsageError("--address is of a Ray cluster: add --engine ray")
     try:
         summary = _work(command, request, rank)
     except FolderError as error:
@@ -79,6 +81,12 @@ def run(command: Reproduce) -> dict[str, Any]:
 
 
 def _work(command: Reproduce, request: Request, rank: Rank) -> Summary:
+    if command.engine == "ray":
+        with _watch() as listener:
+            return reproduce(
+                request, command.out, device=command.device, rank=rank, listener=listener, most=command.members,
+                engine="ray", address=command.address,
+            )  # fmt: skip
     left = pending(request, command.out, device=command.device, most=command.members)
     one = rank.world > 1 or command.device != "cpu"
     jobs = min(left, command.jobs or (1 if one else cores()))

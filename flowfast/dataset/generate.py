@@ -1,49 +1,88 @@
-"""Writing a teacher set, shard by shard."""
+"""Generating a teacher set: planned first, then shard by shard, by whoever is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowfast import backends
-from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, grid_times, mixture_digest, shard_path
-from flowfast.dataset.teacher_dataset import TeacherDataset, open_shard
-from flowfast.flow import flow_map
+from flowfast.dataset.engines import SetAside, Tell, run_here, run_pool
+from flowfast.dataset.identity import kernel_here, read_mixture, write_mixture
+from flowfast.dataset.maker import read_plan
+from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, RandomTimes, grid_times, mixture_digest
+from flowfast.dataset.receipts import MANIFEST, missing_shards, sweep, write_manifest
+from flowfast.dataset.shards import row_bytes
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, refusals, write_file
+from flowfast.dataset.teacher_dataset import TeacherDataset
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
-from flowfast.seeds import as_seed, generator_for
-from flowfast.storage import differences, dtype_name, is_part, read_json, write_tensors
+from flowfast.rank import Rank
+from flowfast.seeds import as_seed
+from flowfast.storage import differences, dtype_name
+
+Progress = Callable[[int, int], None]
+
+MOST_ROWS_PER_SHARD, SHARD_BYTES = 262_144, 2**27  # of a shard whose size is not asked for
+ENGINES = ("local", "ray")
+
+
+class ShardsFailed(RuntimeError):
+    """Some shards could not be made; all others stand. `shards` says which, and why."""
+
+    def __init__(self, shards: Sequence[SetAside]) -> None:
+        first = shards[0]
+        super().__init__(f"{len(shards)} shards could not be made, first shard {first.shard}: {first.reason}")
+        self.shards = tuple(shards)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a folder holds after a call.
+
+    Args:
+        made: shards that this call's share lacked and that now stand. missing: shards of the set that do not stand.
+    """
+
+    made: int
+    missing: int
 
 
 def generate_dataset(
     mixture: GaussianMixture,
     process: OUProcess,
-    times: Tensor | Sequence[float],
+    times: Tensor | Sequence[float] | RandomTimes,
     rows: int,
     path: str | Path,
     *,
     seed: int = 0,
-    rows_per_shard: int = 4_096,
+    rows_per_shard: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+    engine: str = "local",
+    progress: Progress | None = None,
     backend: str = "auto",
 ) -> TeacherDataset:
-    """Store exact trajectories: starting points x ~ p_T and where the flow is at every time of a grid.
+    """Store exact teacher pairs: starting points from the closed-form marginals, and where the flow takes them.
 
-    A killed call goes on where it stopped: shards that stand are kept, and the whole set is the same bits.
+    A killed call goes on where it stopped: shards that stand are kept, and the whole set is the same bits, whoever
+    made it. Several calls may work on one folder at once.
 
     Args:
         mixture: law of the data. process: forward process with a constant or tabulated beta.
-        times: (m + 1,) decreasing, noise first.
-        rows: trajectories, >= 1.
+        times: (m + 1,) decreasing, noise first: row i is a pair of segment i mod m. Or a law of random pairs of times.
+        rows: pairs in all, >= 1.
         path: folder, new or empty or holding a part of this very set.
-        seed: of the starting points, >= 0.
-        rows_per_shard: trajectories per file, >= 1; also the size of one call of the teacher.
+        seed: of the starting points, 0 to 2^63 - 1.
+        rows_per_shard: pairs per file, >= 1; None takes 262,144, or what 128 MiB hold where that is less.
         dtype: of the numbers, torch.float32 or torch.float64; None is the mixture's.
-        progress: called with (rows that stand, rows) at the start and after each shard.
+        workers: 1 computes here with torch's threads; more start that many processes of one thread each (the calling
+            script then needs `if __name__ == "__main__":`, as for all of multiprocessing's).
+        engine: "local", or "ray" for a cluster.
+        progress: called with (rows made, rows) at the start and now and then.
         backend: of the teacher, see `flow_map`.
 
     Returns:
@@ -52,84 +91,170 @@ def generate_dataset(
     Raises:
         TypeError, ValueError: an argument outside these ranges; a folder that holds another set (the differing fields
             are named) or other files; nothing has been written then.
-        RuntimeError: a trajectory failed.
+        StorageError: an OSError; too little space, or files that cannot be written.
+        ShardsFailed: a RuntimeError; trajectories failed, or a shard's workers died three times.
     """
-    plan = _plan(mixture, process, times, rows, rows_per_shard, seed, dtype, backend)
-    mixture = mixture.to(DTYPES[plan.dtype])
-    folder = Path(path)
-    _claim(folder, plan)
-    if not (folder / MIXTURE).is_file():
-        mixture.save(folder / MIXTURE)
-    missing = [shard for shard in range(plan.n_shards) if not _stands(folder, plan, shard)]
-    done = plan.rows - sum(plan.rows_of(shard) for shard in missing)
-    if progress is not None:
-        progress(done, plan.rows)
-    for shard in missing:
-        x = torch.stack(list(_trajectories(plan, shard, mixture, process)))  # (m + 1, rows, d)
-        write_tensors(shard_path(folder, shard), {"x": x}, {"plan": plan.digest(), "shard": shard})
-        done += plan.rows_of(shard)
-        if progress is not None:
-            progress(done, plan.rows)
-    return TeacherDataset(folder)
+    plan = make_plan(mixture, process, times, rows, rows_per_shard, seed=seed, dtype=dtype, backend=backend)
+    store = open_store(path)
+    if not isinstance(store, LocalStore):
+        raise ValueError(
+            f"path must be a local folder, for the complete set is opened here; got {path}: `flowfast generate --out` "
+            "stores sets elsewhere"
+        )
+    carry_out(plan, mixture, store, workers=workers, engine=engine, progress=progress)
+    return TeacherDataset(store.location)
 
 
-def _plan(
+def make_plan(
     mixture: GaussianMixture,
     process: OUProcess,
-    times: Tensor | Sequence[float],
+    times: Tensor | Sequence[float] | RandomTimes,
     rows: int,
-    rows_per_shard: int,
-    seed: int,
-    dtype: torch.dtype | None,
-    backend: str,
+    rows_per_shard: int | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Plan:
-    for name, size in (("rows", rows), ("rows_per_shard", rows_per_shard)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int; got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+    """The plan of a set; arguments as in `generate_dataset`.
+
+    Raises:
+        TypeError, ValueError: an argument outside its range.
+    """
     dtype = mixture.dtype if dtype is None else dtype
     if dtype not in DTYPES.values():
         raise TypeError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
+    if rows_per_shard is None:
+        per_row = 2 * mixture.dim * dtype.itemsize + 16
+        rows_per_shard = min(MOST_ROWS_PER_SHARD, max(1, SHARD_BYTES // per_row))
+    for name, size in (("rows", rows), ("rows_per_shard", rows_per_shard)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int; got {type(size).__name__}")
+    random = times if isinstance(times, RandomTimes) else None
     return Plan(
         mixture=mixture_digest(mixture.to(dtype)),
         process=process.to_dict(),
-        times=grid_times(times),
+        times=None if isinstance(times, RandomTimes) else grid_times(times),
+        random_times=random,
         rows=rows,
         rows_per_shard=rows_per_shard,
         seed=as_seed(seed),
         dtype=dtype_name(dtype),
-        backend=backends.choose(backend, mixture.device),
+        kernel=kernel_here(backend, mixture.device),
     )
 
 
-def _claim(folder: Path, plan: Plan) -> None:
-    """Make the folder this plan's, or refuse before anything is written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path must be a folder; {folder} is a file: choose another name")
-    if (folder / PLAN).is_file():
-        differing = differences(read_json(folder / PLAN, "teacher set"), plan.to_dict())
+def carry_out(
+    plan: Plan,
+    mixture: GaussianMixture,
+    store: Store,
+    *,
+    workers: int = 1,
+    engine: str = "local",
+    rank: Rank | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Make the shards that a folder lacks.
+
+    Args:
+        plan: of the set. mixture: the plan's, in any dtype. store: the folder.
+        workers, engine, progress: as in `generate_dataset`.
+        rank: this process's share, shards whose number is rank modulo world; None takes all.
+
+    Raises:
+        As `generate_dataset`.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be a whole number, at least 1; got {workers!r}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    rank = rank or Rank()
+    missing = missing_shards(store, plan) if check_claim(store, plan) else bytearray(b"\1") * plan.n_shards
+    check_space(store, plan, mixture.dim, missing.count(1))
+    claim(store, plan, mixture.to(DTYPES[plan.dtype]))
+    sweep(store, complete=False)
+    shards = array("L", (i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]))
+    whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
+    tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
+    failed = _run(store, shards, workers, engine, tell)
+    if failed:
+        raise ShardsFailed(failed)
+    left = missing_shards(store, plan).count(1)
+    if not left:
+        with refusals(store):
+            if shards or store.size(MANIFEST) is None:
+                write_manifest(store, plan)
+            sweep(store, complete=True)
+    return Outcome(made=len(shards), missing=left)
+
+
+def _run(store: Store, shards: Sequence[int], workers: int, engine: str, tell: Tell) -> list[SetAside]:
+    if not shards:
+        return []
+    if engine == "ray":
+        from flowfast.dataset.ray_engine import run_ray
+
+        return run_ray(store, shards, tell)
+    if workers == 1:
+        return run_here(store, shards, tell)
+    return run_pool(store, shards, workers, tell)
+
+
+def _counter(done: int, whole: int, progress: Progress | None) -> Tell:
+    def tell(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, whole)
+
+    tell(0)
+    return tell
+
+
+def check_claim(store: Store, plan: Plan) -> bool:
+    """Whether a folder is this plan's already; nothing is written.
+
+    Raises:
+        ValueError: it holds another set or other files. StorageError: it cannot be read.
+    """
+    with refusals(store):
+        if store.size(PLAN) is None:
+            try:
+                foreign = [name for name in store.list("") if not is_part(name)]
+            except NotADirectoryError as error:
+                raise ValueError(f"path must be a folder; {store.location} is a file: choose another name") from error
+            if foreign:
+                raise ValueError(f"path {store.location} is not empty and holds no teacher set: choose another folder")
+            return False
+        differing = differences(read_plan(store).to_dict(), plan.to_dict())
         if differing:
-            raise ValueError(f"path: {folder} holds another teacher set ({differing}): choose another folder")
-        return
-    if folder.is_dir() and any(not is_part(entry) for entry in folder.iterdir()):
-        raise ValueError(f"path: {folder} is not empty and holds no teacher set: choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.write(folder)
+            raise ValueError(f"path {store.location} holds another teacher set ({differing}): choose another folder")
+        return True
 
 
-def _stands(folder: Path, plan: Plan, shard: int) -> bool:
-    if not shard_path(folder, shard).exists():
-        return False
-    open_shard(folder, plan, shard)
-    return True
+def claim(store: Store, plan: Plan, mixture: GaussianMixture) -> None:
+    """Make a folder this plan's, mixture included, or refuse before anything is written.
+
+    Raises:
+        ValueError: it holds another set or other files. StorageError: it cannot be written.
+    """
+    with refusals(store):
+        if not check_claim(store, plan):
+            try:
+                write_file(store, PLAN, plan.dump(), replace=False)
+            except FileExistsError:  # someone else was faster: is it the same plan?
+                check_claim(store, plan)
+        if store.size(MIXTURE) is None:
+            write_mixture(store, mixture)
+    read_mixture(store, plan)
 
 
-def _trajectories(plan: Plan, shard: int, mixture: GaussianMixture, process: OUProcess) -> Iterator[Tensor]:
-    """The states (rows, d) of one shard at the times of the grid."""
-    generator = generator_for(plan.seed, "shard", shard, device=mixture.device)
-    x = process.marginal(mixture, plan.times[0]).sample(plan.rows_of(shard), generator=generator)
-    yield x
-    for t_from, t_to in zip(plan.times, plan.times[1:], strict=False):
-        x = flow_map(x, mixture, process, t_from, t_to, backend=plan.backend)
-        yield x
+def check_space(store: Store, plan: Plan, dim: int, shards: int) -> None:
+    """Raise StorageError when `shards` full shards, and a mebibyte for the rest, do not fit."""
+    rows = min(shards * plan.rows_per_shard, plan.rows)
+    free, needed = store.free_bytes(), rows * row_bytes(plan, dim) + shards * 5_000 + 2**20
+    if shards and free is not None and free < needed:
+        raise StorageError(
+            f"{store.location} has {free:,} bytes left, and {shards} missing shards need {needed:,}: free some space, "
+            "store fewer rows, or choose another disk"
+        )

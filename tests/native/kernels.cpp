@@ -141,8 +141,20 @@ struct Case {
     for (int64_t i = 0; i < n; ++i) require(status[i] == 0 && attempts[i] > 0, "status", n, k, d);
   }
 
+  void draws(int threads) {
+    Guarded<double> cumulative(k, side);
+    Guarded<T> out(n * d, side);
+    for (int64_t i = 0; i < k; ++i) cumulative[i] = double(i + 1) / double(k);
+    SampleJob<T> job{};
+    job.means = means.data(), job.cumulative = cumulative.data(), job.alpha = alpha.data(), job.std = std.data();
+    job.alpha_step = job.std_step = 1;
+    job.seed = 7, job.first_row = 5, job.k = k, job.d = d, job.out = out.data();
+    sample(job, n, threads);
+    keep(out, "sample");
+  }
+
   void everything(int threads) {
-    pointwise(threads);
+    pointwise(threads), draws(threads);
     flows(Form::span, threads), flows(Form::full, threads);
     require(std::isfinite(diameter(means.data(), k, d, threads)), "diameter", n, k, d);
     Guarded<T> out(n, side), negative(n, side);
@@ -170,7 +182,7 @@ void work_pool() {
   Case<T> one(n, k, d, Against::end);
   auto run = [&](int threads) {
     one.results.clear();
-    one.pointwise(threads), one.flows(Form::span, threads), one.flows(Form::full, threads);
+    one.pointwise(threads), one.draws(threads), one.flows(Form::span, threads), one.flows(Form::full, threads);
     return one.results;
   };
   const std::vector<T> want = run(1);

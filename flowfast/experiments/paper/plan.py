@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from flowfast.experiments.folder import FolderError, held, not_writable
 from flowfast.experiments.paper import filters, tables
 from flowfast.experiments.paper.settings import Precision, Run, Student, Teacher, Variant
 from flowfast.experiments.paper.tables import AS_PUBLISHED, Cell, Table
+from flowfast.rank import Rank
 from flowfast.storage import differences, is_part, read_json, write_json
 
 MARK = "reproduce.json"
@@ -87,40 +87,6 @@ class Request:
                 run = Run(table.settings(cell, teacher, self.variant), seed)
                 found.setdefault(run.digest(), run)
         return list(found.values())
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which process this is, of how many that divide the runs among themselves without talking to each other."""
-
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a rank outside 0 to world - 1."""
-        if not (self.world >= 1 and 0 <= self.rank < self.world):
-            raise ValueError(f"rank must be between 0 and {self.world - 1} of {self.world}; got {self.rank}")
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank:
-        """The share that torchrun (RANK, WORLD_SIZE) or a SLURM array gives this process; everything without them.
-
-        Raises:
-            ValueError: values that are no numbers or do not fit, or RANK without WORLD_SIZE.
-        """
-        for rank, world, first in (
-            ("RANK", "WORLD_SIZE", ""),
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-        ):
-            if rank in environment or world in environment:
-                try:
-                    start = int(environment.get(first, "0"))
-                    return cls(int(environment[rank]) - start, int(environment[world]))
-                except (KeyError, ValueError) as error:
-                    raise ValueError(
-                        f"environment: {rank} and {world} must be whole numbers that fit ({error}): set or unset both"
-                    ) from error
-        return cls()
 
 
 def is_reproduction(folder: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,17 @@ from pathlib import Path
 import torch
 
 from flowfast import backends
-from flowfast.experiments.machine import machine, versions
 from flowfast.experiments.paper import records, tables
-from flowfast.experiments.paper.evaluation import Diverged, evaluate
 from flowfast.experiments.paper.groups import Group, grouped, share
-from flowfast.experiments.paper.plan import Rank, Request, check, claim
+from flowfast.experiments.paper.plan import Request, check, claim
 from flowfast.experiments.paper.records import Record
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.summary import Summary, summarise
-from flowfast.experiments.paper.training import Training, forget
+from flowfast.experiments.paper.training import forget
+from flowfast.experiments.paper.work import Hole, Task, carry_out, on_cluster
+from flowfast.rank import Rank
 
-PACKAGES = ("flowfast", "torch", "numpy", "scipy", "safetensors")
+ENGINES = ("local", "ray")
 CHECKPOINT_EVERY = 60.0  # seconds; a kill costs at most these, and the evaluation in progress
 
 
@@ -54,6 +53,8 @@ def reproduce(
     listener: Listener | None = None,
     most: int | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
+    engine: str = "local",
+    address: str | None = None,
 ) -> Summary:
     """Run what `request` asks for and `out` does not hold yet; stopped and called again, it goes on.
 
@@ -68,6 +69,8 @@ def reproduce(
         listener: called now and then.
         most: students trained together at most; None chooses by device.
         checkpoint_every: seconds.
+        engine: "local", or "ray": groups are tasks of a cluster whose machines all see `out`, and records come back.
+        address: of that cluster, see `flowfast.cluster.connected`.
 
     Returns:
         What the folder says now, runs of other processes included.
@@ -75,22 +78,29 @@ def reproduce(
     Raises:
         ValueError: a device or backend that is not there, or a damaged line of results.
         FolderError: a ValueError too: `out` belongs to something else, is in use or cannot be written.
-        RuntimeError: some run diverged; all others are stored.
+        RuntimeError: some run diverged, or was lost with its machine again and again; all others are stored.
     """
-    place, folder, rank = _place(request, device), Path(out), rank or Rank()
-    backend = backends.choose("auto", place)
+    folder, rank = Path(out), rank or Rank()
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if engine == "ray" and rank.world > 1:
+        raise ValueError("engine 'ray' divides the runs itself: unset RANK and WORLD_SIZE, or the SLURM array's")
+    place = _place(request, device, here=engine == "local")
     runs = request.runs()
     records.read(folder)  # a damaged line is refused before anything is written
     with claim(folder, request, rank):
         finished = set(records.read(folder))
         # Groups are formed of all runs, finished or not: a group that is gone on with is the group that was stopped.
         groups = share(grouped(runs, place, most), rank.rank, rank.world)
-        work = _Work(folder, place, f"{backend} on {place.type}", rank, listener, checkpoint_every, names_of(request))
+        work = _Work(folder, place, rank, listener, checkpoint_every, names_of(request))
         work.count(groups, finished)
-        for group in groups:
-            work.finish(group, finished)
-    if work.diverged:
-        raise RuntimeError(f"{len(work.diverged)} runs diverged and stay holes, first: {work.diverged[0]}")
+        if engine == "ray":
+            work.finish_on_cluster(groups, finished, address)
+        else:
+            for group in groups:
+                work.finish(group, finished)
+    if work.holes:
+        raise RuntimeError(f"{len(work.holes)} runs stay holes, first: {work.holes[0]}")
     return summarise(folder)
 
 
@@ -107,13 +117,16 @@ def pending(request: Request, out: str | Path, *, device: str | torch.device = "
     return sum(any(run.digest() not in finished for run in group.runs) for group in groups)
 
 
-def _place(request: Request, device: str | torch.device) -> torch.device:
+def _place(request: Request, device: str | torch.device, *, here: bool = True) -> torch.device:
+    """The device, which must be there where the work is done `here`."""
     try:
         place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be cpu or cuda; got {device!r}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if here and place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there; got {device}, and torch finds no CUDA device")
+    if here:
+        backends.choose("auto", place)
     if request.variant.precision == "tf32" and place.type != "cuda":
         raise ValueError(f"precision 'tf32' is a mode of CUDA; the device is {device}: use float32")
     return place
@@ -135,14 +148,13 @@ def names_of(request: Request) -> dict[str, str]:
 class _Work:
     folder: Path
     device: torch.device
-    backend: str
     rank: Rank
     listener: Listener | None
     checkpoint_every: float
     names: dict[str, str]
 
     def __post_init__(self) -> None:
-        self.diverged: list[str] = []
+        self.holes: list[str] = []
         self.runs = self.done = 0
 
     def count(self, groups: Sequence[Group], finished: set[str]) -> None:
@@ -152,35 +164,38 @@ class _Work:
     def finish(self, group: Group, finished: set[str]) -> None:
         missing = [run for run in group.runs if run.digest() not in finished]
         if not missing:
-            forget(group, self.folder)  # a kill may have come between the last result and this
+            forget(self.folder, group)  # a kill may have come between the last result and this
             return
-        label = self.names[missing[0].digest()] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        training = Training(group, self.folder, self.device)
-        training.run(
-            lambda done, total, loss: self._tell("training", label, done, total, loss), every=self.checkpoint_every
-        )
-        for index, run in enumerate(missing):
-            self._tell("evaluation", label, index, len(missing))
-            start = time.perf_counter()
-            try:
-                metrics = evaluate(run, training.students(run), self.device)
-            except Diverged as error:
-                self.diverged.append(f"{self.names[run.digest()]} ({error})")
-                continue
-            seconds = {"training": training.seconds(run), "evaluation": time.perf_counter() - start}
-            record = Record(
-                **run.identity(),
-                digest=run.digest(),
-                metrics=metrics,
-                seconds=seconds,
-                versions=versions(PACKAGES),
-                backend=self.backend,
-                machine=machine(),
-            )
-            records.append(records.file_of(self.folder, self.rank.rank, self.rank.world), record)
-            self.done += 1
+        label = self.label(missing)
+
+        def tell(stage: str, done: int, total: int, loss: float | None) -> None:
+            self._tell(stage, label, done, total, loss)
+
+        for found in carry_out(group, missing, self.folder, self.device, tell=tell, every=self.checkpoint_every):
+            self.keep(found)
         self._tell("evaluation", label, len(missing), len(missing))
-        forget(group, self.folder)
+        forget(self.folder, group)
+
+    def finish_on_cluster(self, groups: Sequence[Group], finished: set[str], address: str | None) -> None:
+        left = [group for group in groups if any(run.digest() not in finished for run in group.runs)]
+        left.sort(key=lambda group: -group.cost())  # the longest first, so that nobody waits for it at the end
+        tasks = [Task(group, tuple(run for run in group.runs if run.digest() not in finished)) for group in left]
+        for task, results in on_cluster(tasks, self.folder, self.device, self.checkpoint_every, address):
+            for found in results:
+                self.keep(found)
+            self._tell("evaluation", self.label(task.missing), len(task.missing), len(task.missing))
+            if not any(isinstance(found, Hole) and found.lost for found in results):
+                forget(self.folder, task.group)
+
+    def label(self, missing: Sequence[Run]) -> str:
+        return self.names[missing[0].digest()] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+
+    def keep(self, found: Record | Hole) -> None:
+        if isinstance(found, Hole):
+            self.holes.append(f"{self.names[found.digest]} ({found.reason})")
+        else:
+            records.append(records.file_of(self.folder, self.rank.rank, self.rank.world), found)
+            self.done += 1
 
     def _tell(self, stage: str, label: str, done: int, total: int, loss: float | None = None) -> None:
         if self.listener is not None:

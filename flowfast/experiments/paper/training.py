@@ -37,7 +37,7 @@ class Training:
     def __init__(self, group: Group, folder: Path, device: torch.device) -> None:
         self._members = list(group.members())
         self._settings = group.runs[0].settings
-        self._checkpoint, clock = _files(group, folder)
+        self._checkpoint, clock = _files(folder, group)
         self._checkpoint.parent.mkdir(exist_ok=True)
         self._clock = Clock(clock, every=0.0)
         self._seconds = 0.0
@@ -91,17 +91,17 @@ class Training:
         self._clock.tick()
 
 
-def forget(group: Group, folder: Path) -> None:
+def forget(folder: Path, group: Group) -> None:
     """Remove what a group whose runs are all stored has left, a write that was killed included."""
-    for file in _files(group, folder):
+    for file in _files(folder, group):
         file.unlink(missing_ok=True)
         part_of(file).unlink(missing_ok=True)
 
 
-def _files(group: Group, folder: Path) -> tuple[Path, Path]:
+def _files(folder: Path, group: Group) -> tuple[Path, Path]:
     """Checkpoint and clock of a group."""
-    place = folder / UNFINISHED
-    return place / f"{group.digest()}.safetensors", place / f"{group.digest()}.json"
+    place, name = folder / UNFINISHED, group.digest()
+    return place / f"{name}.safetensors", place / f"{name}.json"
 
 
 def student_of(run: Run, segment: int) -> nn.Module:

@@ -1,0 +1,81 @@
+"""Draws of a mixture that depend on a seed and a row number alone, however the rows are divided into calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowfast import _cpp, _triton, backends, philox
+from flowfast.mixture import GaussianMixture
+from flowfast.process import OUProcess, Times
+from flowfast.seeds import as_seed
+
+_LIMIT = 2**63  # of seeds and rows
+
+
+def sample_rows(
+    mixture: GaussianMixture, seed: int, first_row: int, n: int, *, process: OUProcess | None = None, t: Times = 0.0,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Rows first_row, ..., first_row + n - 1 of an endless table of draws: (n, d), of the means' dtype and device.
+
+    A row is a pure function of (mixture, seed, row, t). On one backend and instruction set it has the same bits in any
+    call on any number of threads. CPU and GPU draw from the same counters (flowfast/philox.py) and choose the same
+    components. Normals have a relative error of 8 eps on the CPU. On a GPU in float32 the error is absolute: 1e-5,
+    but 3e-4 where both of a pair are below 0.03 (kernels/random.py rounds the uniform number).
+
+    Args:
+        mixture: law of the draws, or of X_0 where `process` is given.
+        seed: of the table, 0 <= seed < 2^63. first_row: >= 0. n: number of rows, >= 0.
+        process: draws of X_t instead of X_0. t: one time >= 0, or one per row (n,); components and normals do not
+            depend on it.
+        backend: "auto", "cpp", "triton" or "reference".
+
+    Raises:
+        TypeError, ValueError: an argument outside these ranges, or a backend that is missing.
+    """
+    for name, value in (("seed", as_seed(seed)), ("first_row", first_row), ("n", n)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+        if not 0 <= value < _LIMIT:
+            raise ValueError(f"{name} must be at least 0 and below 2^63; got {value}")
+    if first_row + n >= _LIMIT:
+        raise ValueError(f"first_row + n must be below 2^63; got {first_row} + {n}")
+    alpha, std = _scales(mixture, process, t, n)
+    means = mixture.means.detach().resolve_neg()
+    means = means.to(means.dtype if means.dtype in (torch.float32, torch.float64) else torch.float32).contiguous()
+    name = backends.choose(backend, mixture.device)
+    cumulative = _cumulative(mixture)
+    if name == "cpp":
+        return _cpp.sample(means, cumulative, alpha, std, seed, first_row, n).to(mixture.dtype)
+    rows = torch.arange(first_row, first_row + n, device=means.device)
+    chosen = torch.searchsorted(cumulative, philox.uniforms(seed, rows), right=True)
+    if name == "triton":
+        z = _triton.normals(n, mixture.dim, seed, first_row, dtype=means.dtype, device=means.device)
+    else:
+        z, means = philox.normals(seed, rows, mixture.dim), means.double()
+    alpha, std = (scale.to(z).reshape(-1, 1) for scale in (alpha, std))
+    return (alpha * means[chosen] + std * z).to(mixture.dtype)
+
+
+def _scales(mixture: GaussianMixture, process: OUProcess | None, t: Times, n: int) -> tuple[Tensor, Tensor]:
+    """Factor of the means and standard deviation, float64 () or (n,), contiguous, on the mixture's device."""
+    if process is None:
+        if isinstance(t, Tensor) or t != 0:
+            raise ValueError("t is a time of a process; got one without it: pass process=")
+        alpha, std = torch.ones((), dtype=torch.float64), mixture.std
+    else:
+        alpha, std = process.alpha(t), process.std(t, mixture.std)
+    if alpha.shape not in ((), (n,)):
+        raise ValueError(f"t must be a number or of shape ({n},), one time per row; got {tuple(alpha.shape)}")
+    alpha, std = (scale.detach().to(mixture.device, torch.float64).contiguous() for scale in (alpha, std))
+    return alpha, std
+
+
+def _cumulative(mixture: GaussianMixture) -> Tensor:
+    """Sums of the weights (k,), float64: exactly one from the last component with a weight on."""
+    log_weights = mixture.log_weights.detach()
+    last = int((log_weights > -torch.inf).nonzero()[-1])
+    cumulative = log_weights.exp().cumsum(0).clamp(max=1)
+    cumulative[last:] = 1
+    return cumulative.contiguous()
