@@ -41,6 +41,8 @@ ACTIONS = ("nothing", "fail", "fail from here", "die before", "die after", "half
 class Rule:
     """What happens at the n-th call of a kind (from 1) on a path that holds `where`, counted over all processes.
 
+    "fail from here" and "die before" stay: later calls meet them, too.
+
     Attributes:
         kind: one of KINDS, "any" for all calls that change files. action: one of ACTIONS. error: errno of "fail".
     """
@@ -51,13 +53,18 @@ class Rule:
     action: str = "nothing"
     error: int = errno.EIO
 
+    def plain(self) -> list[Any]:
+        """Kind, nth, action, error and where, as native/faults.cpp takes them."""
+        return [KINDS.index(self.kind), self.nth, ACTIONS.index(self.action), self.error, self.where]
+
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended.
 
     Attributes:
-        code: exit code, negative after a signal. error: type and message of what it raised, "" if nothing.
+        code: exit code, negative after a signal. error: type and message of what it raised, and what else it or its
+            workers wrote to stderr; "" if nothing.
         calls: those that its rule matched, kind and path, in order.
     """
 
@@ -73,10 +80,15 @@ class Stage:
         self._process = process
         self.pid = process.pid
 
-    def start(self, path: str | Path, rule: Rule | None = None, **call: Any) -> int:
-        """Fork a run of `generate(path, **call)` in a session of its own; its process id."""
-        rule = rule or Rule("any", "")
-        return int(self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": vars(rule)}))
+    def start(self, path: str | Path, rule: Rule | None = None, workers_rule: Rule | None = None, **call: Any) -> int:
+        """Fork a run of `generate(path, **call)` in a session of its own; its process id.
+
+        `rule` is for the run and what it forks, `workers_rule` for the processes that it starts otherwise.
+        """
+        call["workers_rule"] = workers_rule.plain() if workers_rule else []
+        return int(
+            self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": (rule or Rule("any", "")).plain()})
+        )
 
     def wait(self, run: int) -> Outcome:
         """Wait for a run to end."""
@@ -185,31 +197,34 @@ def _serve(folder: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["do"] == "start":
-            rule = asked["rule"]
-            kind, action = KINDS.index(rule["kind"]), ACTIONS.index(rule["action"])
-            faults.faults_arm(kind, rule["where"].encode(), ctypes.c_long(rule["nth"]), action, rule["error"])
+            kind, nth, action, error, where = asked["rule"]
+            faults.faults_arm(kind, where.encode(), ctypes.c_long(nth), action, error)
             answer: Any = os.fork() or _run(folder, asked["call"])
         else:
             code = os.waitstatus_to_exitcode(os.waitpid(asked["run"], 0)[1])
-            said = folder / f"{asked['run']}.said"
-            answer = code, said.read_text() if said.exists() else "", faults.faults_log().decode()
+            answer = code, (folder / f"{asked['run']}.stderr").read_text(), faults.faults_log().decode()
         print(json.dumps(answer), flush=True)
 
 
 def _run(folder: Path, call: dict[str, Any]) -> NoReturn:
-    """Generate, or run a command; note what was raised, and leave without the parent's clean-up."""
+    """Generate, or run a command; say what was raised, and leave without the parent's clean-up."""
     os.setsid()
-    os.dup2(2, 1)  # the answers go through the old standard output
-    os.environ.update(call.pop("environment", {}))
-    torch.set_num_threads(call.pop("threads", 1))
+    said = os.open(folder / f"{os.getpid()}.stderr", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)  # the answers go through the old standard output
+    os.dup2(said, 2)
+    os.environ["FLOWFAST_TEST_RULE"] = " ".join(map(str, call.pop("workers_rule")))
     engines._START = call.pop("start", "spawn")
     multiprocessing.set_forkserver_preload(["faults"])
-    code = 1
+    torch.set_num_threads(call.pop("threads", 1))
+    code: Any = 1
     try:
         code = cli.main(call["command"]) if "command" in call else generate(**call) or 0
+    except SystemExit as stop:
+        code = stop.code
     except BaseException as error:
-        (folder / f"{os.getpid()}.said").write_text(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -88,6 +88,14 @@ WRONG = [
     ("distill --means means.npy --std 0.1 --out /proc/flowfast", "--out.*cannot be written"),
     ("distill --means means.npy --std 0.1 --out job", "--out.*belongs to another job.*std is 0.2.*there, 0.1 here"),
     ("distill --means means.npy --std 0.1", "--out"),
+    ("distill --out new", "--means or --data must be given"),
+    ("distill --data job/grids/balanced/teacher --rows 9 --out new", "--rows cannot be given with --data"),
+    ("distill --data job/grids/balanced/teacher --means means.npy --out new", "--means cannot be given with --data"),
+    ("distill --data job/grids/balanced/teacher --image-shape 3 3 --out new", "--image-shape 3 x 3 must hold"),
+    ("distill --data full --out new", "--data: teacher set: full/plan.json does not exist"),
+    ("verify nowhere", "FOLDER: teacher set: nowhere is no folder"),
+    ("export full", "FOLDER: teacher set: full/plan.json does not exist"),
+    ("export job/grids/balanced/teacher --format csv", "'csv' for argument '--format'"),
     ("digits --std 0 --out new", "--std must be positive"),
     ("sample job --n 0", "--n must be at least 1; got 0"),
     ("sample job --n many", "--n.*'many'"),
@@ -140,6 +148,18 @@ def test_distill_from_means_to_report_and_once_more(place: Path, capsys: pytest.
     code, out, err = _call(call, capsys)
     assert code == 0 and err == "" and out.splitlines()[-1] == "runs/mine/report.html"
     assert Path("runs/mine/report.html").read_bytes() == page
+
+
+def test_distill_from_a_stored_set(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = "distill --data job/grids/measured/teacher --evaluation-rows 32 --steps 20 --width 8 --out runs/stored"
+    code, out, err = _call(call, capsys)
+    assert code == 0 and out.splitlines()[-1] == "runs/stored/report.html"
+    assert "training, stored grid" in err and "teacher data" not in err
+    assert not Path("runs/stored/grids/stored/teacher").exists()  # the set is read where it is
+    assert "of the teacher set that the student learned from" in Path("runs/stored/report.html").read_text()
+    other = call.replace("measured", "balanced")
+    code, out, err = _call(other, capsys)
+    assert code == 2 and "belongs to another job" in err and "data is" in err
 
 
 def test_json_is_all_there_is_on_stdout(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,9 +271,9 @@ def test_failed_and_stopped_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from flowfast.cli import commands
+    from flowfast.cli import distill
 
-    monkeypatch.setattr(commands, "run_job", _fail(error))
+    monkeypatch.setattr(distill, "run_job", _fail(error))
     assert _call("distill --means means.npy --std 0.1 --out new", capsys) == (code, "", sentence)
 
 
@@ -281,13 +301,14 @@ def test_help_lists_commands_without_importing_anything_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(
-        name in done.stdout for name in ("digits", "distill", "sample", "stability", "doctor", "report", "bench")
+        name in done.stdout
+        for name in ("digits", "distill", "verify", "export", "sample", "stability", "doctor", "report", "bench")
     )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("digits", "distill", "sample", "stability", "doctor", "report", "bench"):
+    for command in ("digits", "distill", "verify", "export", "sample", "stability", "doctor", "report", "bench"):
         code, out, err = _call(f"{command} --help", capsys)
         assert code == 0 and "--json" in out and err == ""
 

@@ -140,6 +140,24 @@ def test_rows_do_not_depend_on_shards_or_chunks(tmp_path, monkeypatch, times):
     assert all(torch.equal(torch.cat([part[name] for part in parts]), x) for name, x in whole.items())
 
 
+def test_rows_of_the_gpu_kernels_are_those_of_the_cpu(tmp_path):
+    pytest.importorskip("triton")
+    device = os.environ.get("FLOWFAST_TEST_DEVICE", "cpu")  # without a GPU Triton's interpreter computes
+    there = mixture().to(device)
+    settings = {"rows_per_shard": 3, "seed": 7, "backend": "triton"}
+    data = generate_dataset(there, PROCESS, TIMES, 4, tmp_path / "triton", **settings)
+    assert "Triton" in data.plan.kernel.device
+    generate(tmp_path / "cpp", rows=4, rows_per_shard=3)
+    for shard in range(2):
+        ours, theirs = tensors(tmp_path / "triton", shard), tensors(tmp_path / "cpp", shard)
+        assert torch.equal(ours["segment"], theirs["segment"])
+        assert float((ours["x_from"] - theirs["x_from"]).abs().max()) < 3e-4  # what sample_rows promises; std <= 1
+        t_from, t_to = (torch.tensor(TIMES, dtype=torch.float64)[ours["segment"].long() + i] for i in (0, 1))
+        end = flow_map(ours["x_from"].double(), mixture().to(torch.float64), PROCESS, t_from, t_to)
+        error = (ours["x_to"] - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)
+        assert float(error.median()) < 5e-6  # what flow_map promises
+
+
 def test_what_stands_is_kept(tmp_path):
     state = torch.get_rng_state()
     seen = []
@@ -205,6 +223,15 @@ def test_unfinished_files_of_the_dead_are_swept(tmp_path):
         [mine, elsewhere, f".plan.json.{'0' * 12}-1-ab.part"]
     )
     generate(tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_a_shard_that_someone_else_finished_is_not_made_again(tmp_path, monkeypatch):
+    whole = contents(Path(generate(tmp_path).folder))
+    monkeypatch.setattr("flowfast.dataset.maker.make_rows", lambda *arguments, **more: 1 / 0)
+    seen = []
+    assert Maker(open_store(tmp_path)).make(2, seen.append).rows == 2
+    assert seen == [2]  # its rows count as made
     assert contents(tmp_path) == whole
 
 

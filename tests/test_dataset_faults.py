@@ -105,6 +105,14 @@ def test_a_device_that_fails_at_every_call(
         _check_failed_then_resumed(one, path, whole, failed, "Input/output error")
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["write", "file sync"])
+def test_a_fault_in_a_worker_process(one: Stage, whole: dict[str, str], tmp_path: Path, kind: str) -> None:
+    rule = Rule(kind, "shard-00000001", 1, "fail from here", errno.ENOSPC)
+    failed = one.run(tmp_path / "set", workers=2, start="forkserver", workers_rule=rule)
+    _check_failed_then_resumed(one, tmp_path / "set", whole, failed, "No space left on device")
+
+
 def test_short_writes_are_gone_on_with(
     one: Stage, whole: dict[str, str], tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:

@@ -5,6 +5,7 @@ FLOWFAST_LONG=1 kills at 200 random moments instead of 20.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 from faults import Rule, Stage, digests, session, stage, stopped, until
+
+from flowfast import GaussianMixture
+from flowfast.dataset.store import is_part
 
 SHARDS = 10
 SET: dict[str, Any] = {"rows": 38, "rows_per_shard": 4}  # 10 shards, the last one shorter
@@ -94,7 +98,7 @@ def test_killed_at_random_moments(one: Stage, tmp_path: Path, whole: dict[str, s
     start = time.monotonic()
     one.run(tmp_path / "timed", **SET)
     needed = time.monotonic() - start
-    while killed < KILLS // 2:
+    while killed < KILLS * 3 // 5:
         path, folders = tmp_path / str(folders), folders + 1
         for _ in range(4):
             run = one.start(path, **SET)
@@ -114,7 +118,7 @@ def _workers(run: int) -> list[int]:
 @pytest.mark.timeout(3600)
 def test_workers_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
     """The run goes on without them, to the same bytes."""
-    many = {"rows": 1_198, "rows_per_shard": 4}
+    many = {"rows": 598, "rows_per_shard": 4}
     assert one.run(tmp_path / "whole", **many).code == 0
     chance, killed, folders = random.Random(2), 0, 0
     while killed < KILLS // 4:
@@ -131,14 +135,27 @@ def test_workers_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
         assert digests(path) == digests(tmp_path / "whole")
 
 
+@pytest.mark.timeout(600)
+def test_a_shard_that_kills_its_workers_is_set_aside(one: Stage, tmp_path: Path, whole: dict[str, str]) -> None:
+    path, deadly = tmp_path / "set", Rule("rename", SHARD.format(3), 1, "die before")
+    done = one.run(path, **SET, workers=2, start="forkserver", workers_rule=deadly)
+    assert done.code == 1
+    assert done.error == (
+        "ShardsFailed: 1 shards could not be made, first shard 3: its worker process ended with code -9, 3 times\n"
+    )
+    assert digests(path).items() <= whole.items() and _receipts(path) == SHARDS - 1
+    assert _resume(one, path) == 1
+    assert digests(path) == whole
+
+
 @pytest.mark.timeout(3600)
 def test_coordinators_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
     """Their workers end with them, and the next call goes on from what they made."""
-    many = {"rows": 1_198, "rows_per_shard": 4}
+    many = {"rows": 598, "rows_per_shard": 4}
     assert one.run(tmp_path / "whole", **many).code == 0
     chance = random.Random(3)
-    for turn in range(KILLS // 4):
-        path, least = tmp_path / str(turn), chance.randrange(1, 250)
+    for turn in range(KILLS * 3 // 20):
+        path, least = tmp_path / str(turn), chance.randrange(1, 120)
         run = one.start(path, **many, workers=2, start="forkserver")
         until(lambda path=path, least=least: _receipts(path) >= least, f"{least} shards")
         os.kill(run, signal.SIGKILL)
@@ -199,3 +216,46 @@ def test_a_run_that_sleeps_while_another_completes_the_set(one: Stage, tmp_path:
         slept = one.wait(sleeper)
         assert (other.code, slept.code) == (0, 0), (calls[nth - 1], other.error, slept.error)
         assert digests(path) == digests(tmp_path / "whole"), calls[nth - 1]
+
+
+@pytest.fixture(scope="module")
+def endless(place: Path) -> list[str]:
+    """A command that takes minutes, without its --out."""
+    GaussianMixture.random(3, 4, half_width=1.0, std=0.2, seed=1).save(place / "mixture.safetensors")
+    command = f"generate --means {place}/mixture.safetensors --segments 2 --rows 20000000 --rows-per-shard 1000"
+    return command.split()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.timeout(600)
+def test_signals_stop_the_command_and_the_next_call_goes_on(
+    one: Stage, tmp_path: Path, endless: list[str], number: int, code: int, workers: int
+) -> None:
+    path, stood = tmp_path / "set", dict[str, str]()
+    for _ in range(2):
+        made = _receipts(path)
+        run = one.start(path, command=[*endless, "--out", str(path), "--workers", str(workers)], start="forkserver")
+        until(lambda made=made: _receipts(path) > made, "a shard")
+        os.killpg(run, number) if number == signal.SIGINT else os.kill(run, number)  # Ctrl-C reaches all processes
+        until(lambda run=run: not session(run), "the end", seconds=30)
+        ended = one.wait(run)
+        assert ended.code == code and "Traceback" not in ended.error, ended.error
+        assert ended.error.splitlines()[-1].startswith("flowfast: stopped; finished")
+        left = digests(path)
+        assert not any(map(is_part, left)) and stood.items() <= left.items() and len(left) > len(stood)
+        for name in (name for name in left if name.startswith("receipts/")):
+            receipt = json.loads((path / name).read_bytes())
+            assert left[f"shards/shard-{receipt['shard']:08d}.safetensors"] == receipt["sha256"]
+        stood = left
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_workers_start_is_quiet(one: Stage, tmp_path: Path, endless: list[str]) -> None:
+    command = [*endless, "--out", str(tmp_path / "set"), "--workers", "3"]
+    run = one.start(tmp_path, command=command)
+    until(lambda: len(session(run)) >= 4, "workers")
+    os.killpg(run, signal.SIGINT)
+    until(lambda: not session(run), "the end", seconds=30)
+    ended = one.wait(run)
+    assert ended.code == 130 and "Traceback" not in ended.error, ended.error

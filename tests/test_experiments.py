@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny_job import IMAGES, MIXTURE, PROCESS, SETTINGS, finished, one_thread  # noqa: F401 (a fixture that every test here uses)
 
-from flowfast import GaussianMixture, flow_map, posterior_weights
+from flowfast import GaussianMixture, TeacherDataset, flow_map, posterior_weights
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
     Event,
@@ -31,6 +31,7 @@ from flowfast.experiments import (
 )
 from flowfast.experiments.figure_arrays import principal_axes, profile_times
 from flowfast.experiments.folder import Clock, claim
+from flowfast.experiments.settings import STORED
 from flowfast.metrics import relative_mse
 from flowfast.storage import read_tensors
 from flowfast.students import FlowStudent
@@ -105,6 +106,33 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(tmp_path: P
     assert _untimed(again) == _untimed(finished())
     other = run_job(MIXTURE, PROCESS, replace(SETTINGS, seed=1, grids=("balanced",)), tmp_path / "other")
     assert other.grid("balanced").composed != again.grid("balanced").composed
+
+
+def test_a_job_on_a_stored_set_is_the_job_that_stored_it(tmp_path: Path) -> None:
+    data = TeacherDataset(finished().folder / "grids" / "measured" / "teacher")
+    settings = replace(SETTINGS, grids=(STORED,), data=data.plan.digest())
+    result = run_job(MIXTURE, PROCESS, settings, tmp_path / "job", data=data)
+    there, here = (asdict(job.grid(kind)) for job, kind in ((finished(), "measured"), (result, STORED)))
+    assert {n: v for n, v in there.items() if n not in {*TIMED, "kind"}} == {
+        n: v for n, v in here.items() if n not in {*TIMED, "kind"}
+    }
+    assert sample_job(tmp_path / "job", 3, grid=STORED)[1] == STORED
+
+
+def test_a_stored_set_must_be_the_one_that_the_settings_name(tmp_path: Path) -> None:
+    data = TeacherDataset(finished().folder / "grids" / "measured" / "teacher")
+    stored = replace(SETTINGS, grids=(STORED,), data=data.plan.digest())
+    for settings, given, says in (
+        (SETTINGS, data, "data must be the teacher set that settings.data names, None"),
+        (stored, None, "data must be the teacher set that settings.data names"),
+        (replace(stored, segments=3), data, "segments must be that of the teacher set, 2; got 3"),
+        (replace(stored, horizon=2.0), data, "horizon must be that of the teacher set, 1.0; got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run_job(MIXTURE, PROCESS, settings, tmp_path / "job", data=given)
+    with pytest.raises(ValueError, match=r"grids must be \('stored',\) with data, and only then"):
+        replace(SETTINGS, data="0" * 32)
+    assert not (tmp_path / "job").exists()
 
 
 def test_a_finished_job_is_not_repeated_and_global_randomness_is_untouched(tmp_path: Path) -> None:

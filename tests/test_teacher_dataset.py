@@ -173,6 +173,9 @@ def test_as_an_ordinary_torch_data_set(folder):
     whole = stored(folder, "x_from", "x_to", "segment")
     for found, column in zip((x_from, x_to, segment), whole, strict=True):
         assert torch.equal(found, column[:5])
+    shuffled = DataLoader(TeacherDataset(folder), 10, shuffle=True, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([batch[0] for batch in shuffled])
+    assert not torch.equal(rows, whole[0]) and torch.equal(rows.sort(0).values, whole[0].sort(0).values)
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,7 @@ def test_exports_hold_the_rows(whole, tmp_path, kind):
 
 
 def test_exports_refuse_damage_and_places_that_are_taken(folder, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match="out: .*taken exists"):
         export_dataset(folder, "npy", out=tmp_path / "taken")

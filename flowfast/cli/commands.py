@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from flowfast import backends, doctor
-from flowfast.cli import tables, verify
+from flowfast import doctor
+from flowfast.cli import distill, tables, verify
+from flowfast.cli.arguments import arguments, print_json, read_mixture
 from flowfast.cli.compare import compare
 from flowfast.cli.options import (
     Bench,
@@ -22,7 +21,6 @@ from flowfast.cli.options import (
     Doctor,
     Export,
     Generate,
-    JobOptions,
     Report,
     Reproduce,
     Sample,
@@ -30,34 +28,19 @@ from flowfast.cli.options import (
     UsageError,
     Verify,
 )
-from flowfast.distillation import Recipe
 from flowfast.experiments import (
-    FolderError,
     JobResult,
-    JobSettings,
-    digits_mixture,
-    digits_settings,
-    run_job,
     sample_job,
 )
 from flowfast.experiments.figure_arrays import profile_arrays
 from flowfast.experiments.paper import is_reproduction
-from flowfast.grids import KINDS, GridKind, time_grid
+from flowfast.grids import KINDS, time_grid
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.report import write_report
-from flowfast.report.numbers import seconds
 from flowfast.report.paper import write_tables_report
 from flowfast.stability import cumulative_stability, stability_regimes
 from flowfast.storage import write_bytes
-
-# Names the library uses for what an option sets.
-OPTIONS = {
-    name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
-}
-OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
-OPTIONS |= {"path": "out", "workers": "workers", "dtype": "dtype", "rows_per_shard": "rows-per-shard"}
-OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -70,16 +53,9 @@ def run(command: Command) -> int:
     """
     match command:
         case Digits():
-            with _arguments("--std"):
-                mixture = digits_mixture(command.std)
-            return _job(command, mixture, digits_settings(), command.out)
+            return distill.digits(command)
         case Distill():
-            mixture = _mixture(command.means, command.std)
-            settings = JobSettings(name=command.means.stem)
-            with _arguments("--image-shape"):
-                settings = replace(settings, image_shape=command.image_shape)
-                settings.check_dim(mixture.dim)
-            return _job(command, mixture, settings, command.out)
+            return distill.distill(command)
         case Reproduce():
             return _reproduce(command)
         case Generate():
@@ -100,68 +76,16 @@ def run(command: Command) -> int:
             return _bench(command)
 
 
-@contextmanager
-def _arguments(option: str) -> Iterator[None]:
-    """Turn the library's refusals in the block into one sentence about an argument, `option` unless it names one."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        first, _, rest = str(error).partition(" ")
-        named = OPTIONS.get(first)
-        raise UsageError(f"--{named} {rest}" if named else f"{option}: {error}") from error
-
-
-def _mixture(means: Path, std: float | None) -> GaussianMixture:
-    with _arguments("--means"):
-        mixture = GaussianMixture.load(means, std=std)
-        if str(mixture.dtype) not in ("torch.float32", "torch.float64"):
-            raise ValueError(f"means must be float32 or float64; got {mixture.dtype}")
-        return mixture
-
-
-def _job(command: JobOptions, mixture: GaussianMixture, settings: JobSettings, out: Path) -> int:
-    given = {name: getattr(command, name) for name in ("steps", "width") if getattr(command, name) is not None}
-    with _arguments("--grid"):
-        settings = replace(
-            settings,
-            segments=command.segments,
-            grids=cast(tuple[GridKind, ...], command.grid),  # checked by the settings themselves
-            rows=command.rows,
-            evaluation_rows=command.evaluation_rows,
-            pictures=max(1, min(settings.pictures, command.evaluation_rows)),
-            horizon=command.horizon,
-            seed=command.seed,
-            recipe=replace(Recipe(), **given),
-        )
-        process = OUProcess(command.beta)
-    with _arguments("--backend"):
-        backends.choose(command.backend, mixture.device)
-    try:
-        with tables.watch() as listener:
-            result = run_job(mixture, process, settings, out, listener=listener, backend=command.backend)
-    except FolderError as error:
-        raise UsageError(f"--out: {error}") from error
-    report = write_report(out)
-    if command.json:
-        _print_json({**result.to_dict(), "seconds": result.seconds(), "folder": str(out), "report": str(report)})
-    else:
-        console = tables.console()
-        console.print(tables.results(result))
-        console.print(f"{seconds(result.seconds())} for all stages; report:", style="dim")
-        print(report)
-    return 0
-
-
 def _sample(command: Sample) -> int:
     out = command.out
     if out is not None and out.suffix != ".npy":
         raise UsageError(f"--out must end in .npy; got {out}")
-    with _arguments("FOLDER"):
+    with arguments("FOLDER"):
         points, kind = sample_job(command.folder, command.n, grid=command.grid, seed=command.seed)
     out = out or command.folder / f"samples-{kind}-n{command.n}-seed{command.seed}.npy"
     _write(out, _npy(points.numpy()), "--out")
     if command.json:
-        _print_json({"file": str(out), "grid": kind, "shape": list(points.shape), "seed": command.seed})
+        print_json({"file": str(out), "grid": kind, "shape": list(points.shape), "seed": command.seed})
     else:
         print(f"{command.n} samples of dimension {points.shape[1]} from the {kind} student, seed {command.seed}:")
         print(out)
@@ -169,13 +93,13 @@ def _sample(command: Sample) -> int:
 
 
 def _stability(command: Stability) -> int:
-    mixture = _mixture(command.means, command.std)
+    mixture = read_mixture(command.means, command.std)
     plot = None if command.plot is None else (*command.plot, Path("stability.png"))[0]
     if command.plot is not None and len(command.plot) > 1:
         raise UsageError(f"--plot takes one file; got {len(command.plot)}")
     if plot is not None and plot.suffix not in PICTURES:
         raise UsageError(f"--plot must end in one of {', '.join(PICTURES)}; got {plot}")
-    with _arguments("--grid"):
+    with arguments("--grid"):
         if command.segments < 1:
             raise ValueError(f"segments must be at least 1; got {command.segments}")
         process = OUProcess(command.beta)
@@ -184,7 +108,7 @@ def _stability(command: Stability) -> int:
         _write(plot, _drawing(mixture, process, numbers, plot.suffix[1:]), "--plot")
         numbers["plot"] = str(plot)
     if command.json:
-        _print_json(numbers)
+        print_json(numbers)
     else:
         console = tables.console()
         for table in tables.stability(numbers):
@@ -231,7 +155,7 @@ def _reproduce(command: Reproduce) -> int:
 
     done = reproduce.run(command)
     if command.json:
-        _print_json(done)
+        print_json(done)
     elif done["report"] is not None:
         print(done["report"])
     return 0
@@ -240,30 +164,30 @@ def _reproduce(command: Reproduce) -> int:
 def _generate(command: Generate) -> int:
     from flowfast.cli import generate
 
-    mixture = _mixture(command.means, command.std)
-    with _arguments("--out"):
+    mixture = read_mixture(command.means, command.std)
+    with arguments("--out"):
         done = generate.run(command, generate.planned(command, mixture), mixture)
     if command.json:
-        _print_json(done)
+        print_json(done)
     return 0
 
 
 def _report(command: Report) -> int:
     if is_reproduction(command.folder):
-        with _arguments("FOLDER"):
+        with arguments("FOLDER"):
             path = write_tables_report(command.folder)
     else:
-        with _arguments("FOLDER"):
+        with arguments("FOLDER"):
             JobResult.load(command.folder)
         path = write_report(command.folder)
-    _print_json({"report": str(path)}) if command.json else print(path)
+    print_json({"report": str(path)}) if command.json else print(path)
     return 0
 
 
 def _doctor(command: Doctor) -> int:
     facts, checks = doctor.facts(), doctor.self_test()
     if command.json:
-        _print_json({**facts, "checks": [asdict(check) for check in checks]})
+        print_json({**facts, "checks": [asdict(check) for check in checks]})
     else:
         for table in tables.findings(facts, checks):
             tables.console().print(table)
@@ -271,10 +195,10 @@ def _doctor(command: Doctor) -> int:
 
 
 def _bench(command: Bench) -> int:
-    with _arguments("FILE"):
+    with arguments("FILE"):
         found = compare(command.before, command.after)
     if command.json:
-        _print_json(found)
+        print_json(found)
     else:
         tables.console().print(tables.comparison(found))
     return 0
@@ -293,7 +217,3 @@ def _write(path: Path, content: bytes, option: str) -> None:
         write_bytes(path, content)
     except OSError as error:
         raise UsageError(f"{option}: {path} cannot be written ({error.strerror})") from error
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))

@@ -96,8 +96,11 @@ def run(command: Generate, plan: Plan, mixture: GaussianMixture) -> dict[str, An
 
 
 def _workers(plan: Plan, rank: Rank) -> int:
-    """One process per core; one in all where the environment starts the processes, or a GPU computes."""
-    return 1 if rank.world > 1 or plan.kernel.backend == "triton" else min(cores(), plan.n_shards)
+    """One in all where the environment starts processes, or a GPU computes; else one per core, and one to fill in.
+
+    While one waits for the disk to have its shard, another computes.
+    """
+    return 1 if rank.world > 1 or plan.kernel.backend == "triton" else min(cores() + 1, plan.n_shards)
 
 
 def _estimate(store: Store, plan: Plan, mixture: GaussianMixture, workers: int) -> dict[str, Any]:

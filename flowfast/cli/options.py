@@ -72,9 +72,15 @@ class Digits(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(JobOptions, MixtureFile):
+class Distill(JobOptions):
     """Distil students from a mixture of your own, with a report. Stopped and called again, it goes on."""
 
+    means: Path | None = None
+    """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors (means, std, weights)."""
+    std: float | None = None
+    """Standard deviation of every component; none takes the file's."""
+    data: Path | None = None
+    """Teacher set made by `flowfast generate`, in place of --means: its mixture, process, time grid and pairs."""
     image_shape: ImageShape = None
     """Show samples as grey images of this shape."""
 

@@ -97,7 +97,7 @@ class _Pool:
                 worker = next(each for each in self.workers if each.connection is connection)
                 try:
                     message = json.loads(worker.connection.recv_bytes())
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):  # also in the middle of a message
                     self.bury(worker)
                 else:
                     self.hear(worker, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def carry_out(
     check_space(store, plan, mixture.dim, missing.count(1))
     claim(store, plan, mixture.to(DTYPES[plan.dtype]))
     sweep(store, complete=False)
-    shards = [i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]]
+    shards = array("L", (i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]))
     whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
     tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
     failed = _run(store, shards, workers, engine, tell)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.shards import SHARDS, shard_name
-from flowfast.dataset.store import Store, is_part, new_file
+from flowfast.dataset.store import Store, is_part, new_file, refusals
 from flowfast.dataset.strict_json import check_names, dump_object, parse_object
 
 RECEIPTS = "receipts"
@@ -121,10 +121,11 @@ def write_manifest(store: Store, plan: Plan) -> None:
 
 def sweep(store: Store, *, complete: bool) -> None:
     """Remove unfinished files whose writer is gone; all of them when the set is complete."""
-    for folder in FOLDERS:
-        for name in list(store.list(folder)):
-            if is_part(name) and (complete or store.is_abandoned(name)):
-                store.remove(name)
+    with refusals(store):
+        for folder in FOLDERS:
+            for name in list(store.list(folder)):
+                if is_part(name) and (complete or store.is_abandoned(name)):
+                    store.remove(name)
 
 
 def _brief(value: Any) -> str:

@@ -50,10 +50,11 @@ def repair_shards(
     device = device_of(plan)
     if device.type == "cuda" and not torch.cuda.is_available():
         return (*notes, "shards cannot be made here: there is no GPU")
+    mixture = mixture.to(device)
     for shard in shards:
         try:
             with refusals(store):
-                said = _repair(store, plan, mixture.to(device), shard, same)
+                said = _repair(store, plan, mixture, shard, same)
         except (RuntimeError, ValueError) as error:  # a trajectory failed, or the plan's backend is not built here
             said = f"shard {shard} cannot be made here: {error}"
         notes += [said] if said else []

@@ -36,13 +36,19 @@ def row_bytes(plan: Plan, dim: int) -> int:
 
 
 def make_rows(
-    plan: Plan, mixture: GaussianMixture, shard: int, tick: Callable[[int], None] | None = None
+    plan: Plan,
+    mixture: GaussianMixture,
+    shard: int,
+    tick: Callable[[int], None] | None = None,
+    *,
+    points: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of one shard, in the file's order, a pure function of plan and number.
 
     Args:
         plan: of the set. mixture: the plan's, in its dtype. shard: number, 0 to n_shards - 1.
         tick: called with the number of rows that the teacher has just finished.
+        points: (2, rows or more, d), of the plan's dtype, on the CPU: memory for x_from and x_to, to be used again.
 
     Returns:
         x_from and x_to (rows, d); segment (rows,) int32 for a grid, t (rows, 2) float64 for random times. On the CPU.
@@ -52,7 +58,7 @@ def make_rows(
     """
     process = OUProcess.from_dict(plan.process)
     n, dim, dtype = plan.rows_of(shard), mixture.dim, DTYPES[plan.dtype]
-    x_from, x_to = torch.empty(n, dim, dtype=dtype), torch.empty(n, dim, dtype=dtype)
+    x_from, x_to = (torch.empty(2, n, dim, dtype=dtype) if points is None else points)[:, :n]
     t, segment = _times(plan, plan.first_row(shard), n)
     for rows in _chunks(n, mixture.n_components * dim):
         t_from, t_to = t[rows].unbind(1)

@@ -113,7 +113,7 @@ class LocalStore:
             raise ValueError(f"{self._root / name} must hold at most {most} bytes; it holds {size}: restore it")
         try:
             with (self._root / name).open("rb") as stream:
-                return stream.read(most)
+                return stream.read(size)  # read(most) would set aside that much memory
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -121,15 +121,15 @@ class LocalStore:
 
     def size(self, name: str) -> int | None:
         """See `Store`."""
-        path = self._root / name
         try:
+            path = self._path(name)
             return path.lstat().st_size if path.is_file() and not path.is_symlink() else None
         except (OSError, ValueError):
             return None
 
     def list(self, folder: str) -> Iterator[str]:
         """See `Store`."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / folder) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder(folder)) as entries:
             for entry in entries:
                 yield f"{folder}/{entry.name}" if folder else entry.name
 
@@ -147,6 +147,16 @@ class LocalStore:
         while not place.exists() and place != place.parent:
             place = place.parent
         return shutil.disk_usage(place).free
+
+    def _path(self, name: str) -> Path:
+        folder, _, last = name.rpartition("/")
+        return self._folder(folder) / last
+
+    def _folder(self, folder: str) -> Path:
+        path = self._root / folder
+        if folder and path.is_symlink():
+            raise StorageError(f"{path} is a link: the folders of a teacher set must be its own")
+        return path
 
 
 def open_store(location: str | Path) -> Store:

@@ -91,6 +91,10 @@ class TeacherDataset(Dataset[Pairs]):
         x_from, x_to, where = self.pairs(torch.tensor([row % len(self)]))
         return x_from[0], x_to[0], where[0]
 
+    def __getitems__(self, rows: list[int]) -> list[Pairs]:
+        """Several rows at once, for loaders with a sampler of their own."""
+        return list(zip(*(column.unbind() for column in self.pairs(torch.tensor(rows))), strict=True))
+
     def pairs(self, rows: Tensor) -> Pairs:
         """Several rows.
 
@@ -119,7 +123,8 @@ class TeacherDataset(Dataset[Pairs]):
                 torch.index_select(stored, 0, place[here], out=found[name][here])
         back = torch.empty_like(order)
         back[order] = torch.arange(n)
-        return found["x_from"][back], found["x_to"][back], found[last][back]
+        x_from, x_to, where = (found[name].index_select(0, back) for name in ("x_from", "x_to", last))
+        return x_from, x_to, where
 
     def shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of one shard, mapped: x_from, x_to (rows, d), and segment (rows,) or t (rows, 2). Do not write.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowfast import backends
+from flowfast.dataset import TeacherDataset
 from flowfast.dataset.plan import mixture_digest
 from flowfast.experiments import stages
 from flowfast.experiments.figure_arrays import figure_arrays
@@ -25,6 +26,7 @@ def run_job(
     settings: JobSettings,
     out: str | Path,
     *,
+    data: TeacherDataset | None = None,
     listener: Listener | None = None,
     backend: str = "auto",
 ) -> JobResult:
@@ -35,6 +37,7 @@ def run_job(
         process: with a constant or tabulated schedule.
         settings: sizes, grids, seed and training recipe.
         out: the job's folder; a finished stage in it is never repeated.
+        data: stored teacher pairs of this mixture and process on a grid that ends at t = 0, named by settings.data.
         listener: called with an Event now and then.
         backend: of the teacher.
 
@@ -51,13 +54,26 @@ def run_job(
     if mixture.device.type != "cpu":
         raise ValueError(f"mixture must be on the CPU; it is on {mixture.device}: move it with .to('cpu')")
     backends.choose(backend, mixture.device)
+    _check_data(data, settings)
     folder = Path(out)
-    work = Work(mixture, process, settings, folder, listener or ignore, backend)
+    work = Work(mixture, process, settings, folder, listener or ignore, backend, data)
     with claim(folder, identity(mixture, process, settings, backend)):
         if not (folder / NUMBERS).is_file():
             mixture.save(folder / MIXTURE)
             _finish(work)
     return JobResult.load(folder)
+
+
+def _check_data(data: TeacherDataset | None, settings: JobSettings) -> None:
+    if (None if data is None else data.plan.digest()) != settings.data:
+        raise ValueError(f"data must be the teacher set that settings.data names, {settings.data}")
+    if data is None:
+        return
+    if data.plan.times is None or data.plan.times[-1] != 0:
+        raise ValueError(f"data: {data.folder} must have a time grid that ends at t = 0: generate one")
+    for name, value in (("segments", data.n_segments), ("horizon", data.plan.times[0])):
+        if getattr(settings, name) != value:
+            raise ValueError(f"{name} must be that of the teacher set, {value}; got {getattr(settings, name)}")
 
 
 def identity(

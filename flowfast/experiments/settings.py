@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flowfast.distillation import Recipe
 from flowfast.grids import KINDS, GridKind
+
+STORED: Literal["stored"] = "stored"  # the grid of a teacher set that is there already
+Kind = GridKind | Literal["stored"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class JobSettings:
     Args:
         name: of the mixture, for titles.
         segments: steps of a student, >= 1.
-        grids: kinds of time grid to distil on, each once; of "uniform", "balanced", "signed", "measured".
+        grids: kinds of time grid to distil on, each once; of "uniform", "balanced", "signed", "measured". With `data`
+            it is ("stored",).
         rows: teacher pairs stored per segment of a grid, >= 1.
         evaluation_rows: fresh starting points on which errors are measured, >= 1.
         pictures: samples shown in the report, >= 1, at most evaluation_rows.
@@ -26,6 +30,7 @@ class JobSettings:
         horizon: time T at which the noise starts, > 0.
         seed: of everything random, >= 0.
         recipe: how a student is trained.
+        data: digest of the plan of a stored teacher set, whose grid and rows are taken; None generates sets.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -33,7 +38,7 @@ class JobSettings:
 
     name: str = "mixture"
     segments: int = 4
-    grids: tuple[GridKind, ...] = ("uniform", "balanced", "measured")
+    grids: tuple[Kind, ...] = ("uniform", "balanced", "measured")
     rows: int = 24_576
     evaluation_rows: int = 2_048
     pictures: int = 12
@@ -41,6 +46,7 @@ class JobSettings:
     horizon: float = 1.0
     seed: int = 0
     recipe: Recipe = field(default_factory=Recipe)
+    data: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values outside the documented ranges."""
@@ -53,7 +59,9 @@ class JobSettings:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
         if not (self.horizon > 0 and math.isfinite(self.horizon)):
             raise ValueError(f"horizon must be positive and finite; got {self.horizon}")
-        unknown = [kind for kind in self.grids if kind not in KINDS]
+        if (self.data is not None) != (self.grids == (STORED,)):
+            raise ValueError(f"grids must be ('stored',) with data, and only then; got {self.grids}")
+        unknown = [kind for kind in self.grids if kind not in (*KINDS, STORED)]
         if unknown or not self.grids:
             raise ValueError(f"grids must name some of {', '.join(KINDS)}; got {', '.join(unknown) or 'none'}")
         if len(set(self.grids)) < len(self.grids):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from flowfast.dataset import TeacherDataset, generate_dataset
 from flowfast.distillation import Progress, distill, evaluate
 from flowfast.experiments.folder import Clock
 from flowfast.experiments.result import GridResult, TeacherCost
-from flowfast.experiments.settings import Event, JobSettings, Listener
+from flowfast.experiments.settings import Event, JobSettings, Kind, Listener
 from flowfast.flow import FlowSolution, solve_flow
 from flowfast.grids import GridKind, time_grid
 from flowfast.mixture import GaussianMixture
@@ -43,10 +43,18 @@ class Work:
     folder: Path
     listener: Listener
     backend: str
+    data: TeacherDataset | None = None
 
     def place(self, kind: str) -> Path:
         """The folder of one grid."""
         return self.folder / "grids" / kind
+
+    def times(self, kind: Kind) -> Tensor:
+        """The times (m + 1,) of one grid, noise first."""
+        if self.data is not None and self.data.times is not None:
+            return self.data.times
+        n, horizon = self.settings.segments, self.settings.horizon
+        return time_grid(self.mixture, self.process, n, kind=cast(GridKind, kind), horizon=horizon)
 
     def noise(self) -> Tensor:
         """Starting points of the evaluation (n, d), the same for every grid and no training point."""
@@ -90,12 +98,11 @@ def teacher(work: Work) -> TeacherCost:
     return TeacherCost(**read_json(done, "teacher's cost"))
 
 
-def grid(work: Work, kind: GridKind) -> GridResult:
+def grid(work: Work, kind: Kind) -> GridResult:
     """Stages "teacher data", "training" and "evaluation" of one grid."""
     place = work.place(kind)
     place.mkdir(parents=True, exist_ok=True)
-    settings = work.settings
-    times = time_grid(work.mixture, work.process, settings.segments, kind=kind, horizon=settings.horizon)
+    times = work.times(kind)
     _data(work, kind, times)
     _training(work, kind, times)
     done = place / "evaluation.json"
@@ -115,6 +122,9 @@ def grid(work: Work, kind: GridKind) -> GridResult:
 def _data(work: Work, kind: str, times: Tensor) -> None:
     place, rows = work.place(kind), work.settings.rows * work.settings.segments
     if (place / "teacher.json").is_file():
+        return
+    if work.data is not None:
+        write_json(place / "teacher.json", {"data_seconds": 0.0})
         return
     clock = Clock(place / ".teacher-clock.json")
 
@@ -152,7 +162,7 @@ def _training(work: Work, kind: str, times: Tensor) -> None:
         work.process,
         times,
         recipe=recipe,
-        data=TeacherDataset(place / "teacher"),
+        data=work.data or TeacherDataset(place / "teacher"),
         seed=work.settings.seed,
         checkpoint=place / "checkpoint.safetensors",
         checkpoint_every=max(1, min(CHECKPOINT_EVERY, recipe.steps // 4)),

@@ -17,6 +17,7 @@ MEANINGS = {
     "balanced": "equal parts of the stability exponent A(T), as published",
     "signed": "equal parts of its sharper, signed form",
     "measured": "equal parts of A(T) with the measured spread in place of the worst case",
+    "stored": "of the teacher set that the student learned from",
 }
 LABELS = {
     "profile": "stability profile against time",

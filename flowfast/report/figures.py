@@ -24,8 +24,8 @@ Array = np.ndarray[Any, Any]
 
 # Okabe and Ito's palette, told apart by colour-blind readers; the marker says the same a second time.
 INK, FAINT = "#262b33", "#8a919c"
-COLORS = {"uniform": "#0072b2", "balanced": "#d55e00", "measured": "#009e73", "signed": "#aa4499"}
-MARKERS = {"uniform": "o", "balanced": "s", "measured": "^", "signed": "D"}
+COLORS = {"uniform": "#0072b2", "balanced": "#d55e00", "measured": "#009e73", "signed": "#aa4499", "stored": "#5b6470"}
+MARKERS = {"uniform": "o", "balanced": "s", "measured": "^", "signed": "D", "stored": "v"}
 SHADES = {"variance": "#fbf0dc", "mixture": "#dceaf5", "noise": "#eceef1"}
 REGIMES = {"variance": "variance shrinkage", "mixture": "mixture", "noise": "noise"}
 
@@ -237,9 +237,8 @@ def _look(kind: str) -> dict[str, Any]:
 
 
 def _dashes(kind: str) -> Any:
-    return {"balanced": (0, (5, 1.5)), "measured": "-", "uniform": (0, (1.2, 1.2)), "signed": (0, (6, 1.5, 1, 1.5))}[
-        kind
-    ]
+    dashes = {"balanced": (0, (5, 1.5)), "uniform": (0, (1.2, 1.2)), "signed": (0, (6, 1.5, 1, 1.5))}
+    return dashes.get(kind, "-")
 
 
 def _label(axes: Axes, x: float, text: str, *, wide: float) -> None:

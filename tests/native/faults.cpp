@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -43,7 +44,8 @@ Action decide(Kind kind, const char* path) {
   char line[PATH_MAX + 8];
   const size_t length = snprintf(line, sizeof line, "%d %s\n", kind, path), place = rule->logged.fetch_add(length);
   if (place + length < sizeof rule->log) memcpy(rule->log + place, line, length);
-  return turn == rule->nth || (rule->action == kFailFromHere && turn > rule->nth) ? rule->action : kNothing;
+  const bool lasting = rule->action == kFailFromHere || rule->action == kDieBefore;
+  return turn == rule->nth || (lasting && turn > rule->nth) ? rule->action : kNothing;
 }
 
 Action decide(Kind kind, int file) {
@@ -144,3 +146,14 @@ int mkdir(const char* path, mode_t mode) {
   return perform(decide(kMakeFolder, path), [&] { return call(path, mode); });
 }
 }
+
+// Programs that are started with a rule in their environment, and all that they fork, share that rule.
+[[maybe_unused]] static const bool from_environment = [] {
+  int kind, action, error;
+  long nth;
+  char where[PATH_MAX];
+  const char* text = getenv("FLOWFAST_TEST_RULE");
+  if (!text || sscanf(text, "%d %ld %d %d %4000s", &kind, &nth, &action, &error, where) != 5) return false;
+  faults_arm(kind, where, nth, action, error);
+  return true;
+}();

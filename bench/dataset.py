@@ -1,0 +1,167 @@
+"""`python -m bench.dataset`: how fast teacher sets are stored and read, beside the flow kernel and the disk.
+
+k = 20, d = 64, float32, 8 segments of the measured grid. Rates are rows per second on the clock, so the machine should
+be idle; rounds of all contenders alternate, and medians are kept. The set and a file of random bytes are written to a
+temporary folder beside the results and removed. Writes `bench/results/dataset-cpu.json`.
+
+A set's rate is measured from its first eighth on, which leaves the start of the processes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.__main__ import processor
+from flowfast import GaussianMixture, OUProcess, TeacherDataset, flow_map, time_grid
+from flowfast.cli.jobs import cores
+from flowfast.dataset.generate import carry_out, make_plan
+from flowfast.dataset.plan import Plan
+from flowfast.dataset.shards import row_bytes
+from flowfast.dataset.store import LocalStore
+from flowfast.experiments.machine import machine, versions
+from flowfast.sampling import sample_rows
+
+K, DIM, SEGMENTS, BATCH = 20, 64, 8, 1_024
+FLOW_ROWS = 32_768  # of one call of the flow, as many as a generator's calls have
+PIECE = 1 << 22  # bytes of one write to the disk
+PROCESS = OUProcess(5.0)
+
+
+def main() -> None:
+    """Measure, print a table, write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m bench.dataset", description=__doc__)
+    parser.add_argument("--rows", type=int, default=8_000_000, help="of the set")
+    parser.add_argument("--rows-per-shard", type=int, default=None, help="none takes the default")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
+    options = parser.parse_args()
+    mixture = GaussianMixture.random(K, DIM, std=0.1, seed=0)
+    times = time_grid(mixture, PROCESS, SEGMENTS, kind="measured")
+    plan = make_plan(mixture, PROCESS, times, options.rows, options.rows_per_shard)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        rates = _in_turns(_contenders(plan, mixture, Path(folder)), options.rounds)
+    found = _compared(plan, rates)
+    table = Table(title=f"teacher sets, k = {K}, d = {DIM}, {plan.rows:,} rows, {row_bytes(plan, DIM)} bytes each")
+    for heading in ("work", "rows per second", "GB/s"):
+        table.add_column(heading, justify="left" if heading == "work" else "right")
+    for name, rate in found["rows_per_second"].items():
+        table.add_row(name, f"{rate:,.0f}", f"{rate * row_bytes(plan, DIM) / 1e9:.3f}")
+    console = Console()
+    console.print(table)
+    for name, ratio in found["of_the_lower"].items():
+        console.print(f"{name}: {ratio:.1%} of the lower of flow and disk", highlight=False)
+    about = {"processor": processor(), **machine(), "cores": cores(), "load": os.getloadavg(), "versions": versions()}
+    settings = {"rows": plan.rows, "rows_per_shard": plan.rows_per_shard, "rounds": options.rounds}
+    file = options.out / "dataset-cpu.json"
+    file.write_text(json.dumps({**about, "settings": settings, **found}, indent=1) + "\n")
+    console.print(f"written: {file}", highlight=False)
+
+
+def _contenders(plan: Plan, mixture: GaussianMixture, folder: Path) -> dict[str, Callable[[], float]]:
+    """Calls that give rows per second, in an order in which the reader finds a set."""
+    work: dict[str, Callable[[], float]] = {
+        f"flow, {torch.get_num_threads()} threads": lambda: _flow(plan, mixture),
+        "disk": lambda: _disk(plan, folder / "random"),
+    }
+    for workers in (1, cores(), cores() + 1):
+        name = f"stored by {workers} processes" if workers > 1 else "stored by this process"
+        work[name] = partial(_stored, plan, mixture, folder / "set", workers)
+    return work | {"read, shuffled batches": lambda: _read(folder / "set")}
+
+
+def _in_turns(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, call in work.items():
+            rates[name].append(call())
+    return rates
+
+
+def _compared(plan: Plan, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and what share of the lower of flow and disk each way of storing reaches."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    lower = min(rate for name, rate in medians.items() if name.startswith(("flow", "disk")))
+    shares = {name: rate / lower for name, rate in medians.items() if name.startswith("stored")}
+    return {"bytes_per_row": row_bytes(plan, DIM), "rows_per_second": medians, "all": rates, "of_the_lower": shares}
+
+
+def _flow(plan: Plan, mixture: GaussianMixture) -> float:
+    """The flow of rows that are in memory already, on all threads, for half a second."""
+    grid = torch.tensor(plan.times, dtype=torch.float64)
+    segment = torch.arange(FLOW_ROWS) % SEGMENTS
+    t_from, t_to = grid[segment], grid[segment + 1]
+    x = sample_rows(mixture, 0, 0, FLOW_ROWS, process=PROCESS, t=t_from)
+    flow_map(x, mixture, PROCESS, t_from, t_to)  # warm-up
+    begin, calls, passed = time.perf_counter(), 0, 0.0
+    while passed < 0.5:
+        flow_map(x, mixture, PROCESS, t_from, t_to)
+        calls, passed = calls + 1, time.perf_counter() - begin
+    return calls * FLOW_ROWS / passed
+
+
+def _disk(plan: Plan, file: Path) -> float:
+    """As many bytes as the set's, in files of a shard's size, each made durable before the next."""
+    piece = (
+        torch.randint(256, (PIECE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+    )
+    written, total = 0, plan.rows * row_bytes(plan, DIM)
+    begin = time.perf_counter()
+    while written < total:
+        with file.open("wb") as stream:
+            for _ in range(max(1, plan.rows_per_shard * row_bytes(plan, DIM) // PIECE)):
+                written += stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+    passed = time.perf_counter() - begin
+    file.unlink()
+    return written / row_bytes(plan, DIM) / passed
+
+
+def _stored(plan: Plan, mixture: GaussianMixture, folder: Path, workers: int) -> float:
+    """A whole set, from its first eighth on."""
+    for file in [*folder.glob("*/*"), *folder.glob("*.*")]:
+        file.unlink()
+    first: list[tuple[float, int]] = []
+
+    def note(done: int, rows: int) -> None:
+        if done >= rows / 8 and not first:
+            first.append((time.perf_counter(), done))
+
+    carry_out(plan, mixture, LocalStore(folder), workers=workers, progress=note)
+    at, done = first[0]
+    return (plan.rows - done) / (time.perf_counter() - at)
+
+
+def _read(folder: Path) -> float:
+    """Shuffled batches of a set whose pages are in memory, for a second."""
+    data = TeacherDataset(folder)
+
+    def batches() -> int:
+        begin, rows = time.perf_counter(), 0
+        for x_from, _, _ in data.batches(BATCH):
+            rows += len(x_from)
+            if time.perf_counter() - begin > 1:
+                break
+        return rows
+
+    batches()  # maps the files and brings their pages in
+    begin = time.perf_counter()
+    return batches() / (time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    main()
