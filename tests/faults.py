@@ -6,6 +6,7 @@ child for each run, so that a run costs milliseconds. Nothing in flowfast knows 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,11 +14,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -79,6 +80,7 @@ class Stage:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.pid = process.pid
+        self._open: set[int] = set()  # runs that nobody has waited for
 
     def start(self, path: str | Path, rule: Rule | None = None, workers_rule: Rule | None = None, **call: Any) -> int:
         """Fork a run of `generate(path, **call)` in a session of its own; its process id.
@@ -86,19 +88,27 @@ class Stage:
         `rule` is for the run and what it forks, `workers_rule` for the processes that it starts otherwise.
         """
         call["workers_rule"] = workers_rule.plain() if workers_rule else []
-        return int(
-            self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": (rule or Rule("any", "")).plain()})
-        )
+        armed = (rule or Rule("any", "")).plain()
+        run = int(self._ask({"do": "start", "call": {"path": str(path), **call}, "rule": armed}))
+        self._open.add(run)
+        return run
 
     def wait(self, run: int) -> Outcome:
         """Wait for a run to end."""
         code, error, log = self._ask({"do": "wait", "run": run})
+        self._open.discard(run)
         calls = [line.split(" ", 1) for line in log.splitlines()]
         return Outcome(code, error, [(KINDS[int(kind)], path) for kind, path in calls])
 
     def run(self, path: str | Path, rule: Rule | None = None, **call: Any) -> Outcome:
         """Start a run and wait for it."""
         return self.wait(self.start(path, rule, **call))
+
+    def clear(self) -> None:
+        """Kill what a test that failed has left running."""
+        for pid in (pid for run in self._open for pid in session(run)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _ask(self, question: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -107,7 +117,7 @@ class Stage:
         return json.loads(self._process.stdout.readline())
 
 
-@contextmanager
+@contextlib.contextmanager
 def stage(folder: Path, within: Sequence[str] = ()) -> Iterator[Stage]:
     """Compile the faults into `folder` and start a stage, by the command `within` that ends by becoming its arguments.
 
@@ -126,9 +136,11 @@ def stage(folder: Path, within: Sequence[str] = ()) -> Iterator[Stage]:
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
+        made = Stage(process)
         try:
-            yield Stage(process)
+            yield made
         finally:
+            made.clear()
             process.kill()
 
 
@@ -209,6 +221,7 @@ def _serve(folder: Path) -> None:
 def _run(folder: Path, call: dict[str, Any]) -> NoReturn:
     """Generate, or run a command; say what was raised, and leave without the parent's clean-up."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that a shell starts with & ignore it
     said = os.open(folder / f"{os.getpid()}.stderr", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)  # the answers go through the old standard output
     os.dup2(said, 2)
