@@ -30,6 +30,7 @@ FLOORS = (
     ("grids", "teacher_pairs"),
     ("dataset",),
     ("distillation",),
+    ("theory",),
     ("experiments",),
     ("report",),
     ("doctor",),

@@ -27,6 +27,7 @@ from flowfast.cli.options import (
     Stability,
     UsageError,
 )
+from flowfast.cli.theory_options import Theory
 from flowfast.distillation import Recipe
 from flowfast.experiments import (
     FolderError,
@@ -88,6 +89,11 @@ def run(command: Command) -> int:
             return _doctor(command)
         case Bench():
             return _bench(command)
+        case Theory():
+            from flowfast.cli import theory
+
+            with _arguments("--means"):
+                return theory.run(command)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
+from flowfast.cli.theory_options import Theory
+
 Grids = Annotated[tuple[str, ...], arg(metavar="KIND [KIND ...]")]
 ImageShape = Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH")]
 Tables = Annotated[tuple[int, ...], arg(metavar="NUMBER [NUMBER ...]")]
@@ -188,4 +190,5 @@ Command = (
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Theory, subcommand("theory")]
 )

@@ -1,0 +1,64 @@
+"""Options of `flowfast theory`, a dataclass per topic. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, arg, subcommand
+
+Times = Annotated[tuple[float, ...], arg(metavar="TIME [TIME ...]")]
+Accuracies = Annotated[tuple[float, ...], arg(metavar="EPS [EPS ...]")]
+Counts = Annotated[tuple[int, ...], arg(metavar="NUMBER [NUMBER ...]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperMixture:
+    """The mixture of the paper's experiments, or one of the user's own."""
+
+    means: Path | None = None
+    """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors; none takes the paper's, k = 20 and d = 64."""
+    std: float | None = None
+    """Standard deviation of every component; none takes the file's, or 1 for the paper's mixture."""
+    beta: float = 5.0
+    """Constant rate of the forward process, per unit of time."""
+    seed: int = 0
+    """Seed of everything random but the paper's means."""
+    json: bool = False
+    """Print the numbers as JSON on stdout, and nothing else there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreNet(PaperMixture):
+    """Theorem 1: score networks that are built, not trained; their size and measured error for falling eps."""
+
+    t: Times = (0.1, 0.5)
+    """Times of the marginals, at least 0 (0 is data)."""
+    eps: Accuracies = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
+    """Accuracies asked for."""
+    n: int = 10_000
+    """Fresh points of the marginal on which errors are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition(PaperMixture):
+    """Theorem 3: residual compositions of such networks; their error against the number of blocks and eps."""
+
+    blocks: Counts = (4, 8, 16, 32, 64, 128)
+    """Numbers of blocks."""
+    eps: Accuracies = (1e-1, 1e-2, 1e-6)
+    """Accuracies of the score networks."""
+    n: int = 1_000
+    """Fresh points of noise on which errors are measured."""
+
+
+TheoryTopic = Annotated[ScoreNet, subcommand("score-net")] | Annotated[Composition, subcommand("composition")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theory:
+    """The theorems as measurements: what they promise beside what is found."""
+
+    topic: OmitArgPrefixes[OmitSubcommandPrefixes[TheoryTopic]]
+    """What to measure."""
