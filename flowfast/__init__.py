@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
     from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
+    from flowfast.variational import flow_amplification, flow_jacobian_product
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,8 @@ __all__ = [
     "distill",
     "divergence",
     "evaluate",
+    "flow_amplification",
+    "flow_jacobian_product",
     "flow_map",
     "generate_dataset",
     "hessian_norm_bound",
@@ -83,7 +86,7 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "variational",
 )  # fmt: skip
 
 
