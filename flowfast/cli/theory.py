@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from flowfast.cli import tables
-from flowfast.cli.theory_options import Composition, ScoreNet, Theory
+from flowfast.cli import tables, theory_stability
+from flowfast.cli.theory_options import Composition, PredictStability, ScoreNet, Theory
 
 Numbers = Mapping[str, Any]
 
@@ -34,6 +34,7 @@ def _composition_tables(numbers: Numbers) -> list[Table]:
 TOPICS: dict[type, tuple[Callable[[Any], Numbers], Callable[[Numbers], list[Table]]]] = {
     ScoreNet: (_score_net, _score_net_tables),
     Composition: (_composition, _composition_tables),
+    PredictStability: (theory_stability.measure, theory_stability.show),
 }
 
 

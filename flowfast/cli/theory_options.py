@@ -53,7 +53,25 @@ class Composition(PaperMixture):
     """Fresh points of noise on which errors are measured."""
 
 
-TheoryTopic = Annotated[ScoreNet, subcommand("score-net")] | Annotated[Composition, subcommand("composition")]
+@dataclass(frozen=True, kw_only=True)
+class PredictStability(PaperMixture):
+    """Stability that predicts: exponents of both bounds, measured exponents and amplification of every segment."""
+
+    segments: int = 4
+    """Segments of the grids."""
+    grid: Annotated[tuple[str, ...], arg(metavar="KIND [KIND ...]")] = ("uniform", "balanced", "measured")
+    """Grids: uniform, balanced, signed, measured."""
+    n: int = 512
+    """Samples of each marginal."""
+    nodes: int = 33
+    """Times between noise and data at which amplification is measured; between them it is interpolated."""
+
+
+TheoryTopic = (
+    Annotated[ScoreNet, subcommand("score-net")]
+    | Annotated[Composition, subcommand("composition")]
+    | Annotated[PredictStability, subcommand("stability")]
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flowfast.experiments.composition.curves import time_of_log_r
 from flowfast.experiments.composition.settings import Problem
 from flowfast.grids import KINDS, GridKind, time_grid
 from flowfast.seeds import generator_for
-from flowfast.stability import time_of_log_alpha
 
 RANDOM = "random-"
 
@@ -50,11 +50,5 @@ def _from_log_r(problem: Problem, shares: Tensor) -> tuple[float, ...]:
     """Inner times at these shares, increasing, of the way from noise to data in log r."""
     process = problem.process()
     low, high = float(process.snr_root(1.0, problem.std).log()), -math.log(problem.std)
-    inner = []
-    for value in (low + (high - low) * shares).tolist():
-        # r^2 = alpha^2 / (alpha^2 std^2 + 1 - alpha^2)
-        time = time_of_log_alpha(process, -math.log1p(math.exp(-2 * value) - problem.std**2) / 2)
-        if time is None:
-            raise RuntimeError(f"the schedule does not reach r = exp({value})")
-        inner.append(time)
-    return 1.0, *inner, 0.0
+    values = (low + (high - low) * shares).tolist()
+    return 1.0, *(time_of_log_r(problem.mixture(), process, value) for value in values), 0.0

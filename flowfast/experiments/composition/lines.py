@@ -1,4 +1,4 @@
-"""Results as JSON lines that are found again by content: the first says on what they were made, each other is one run."""
+"""Results as JSON lines, found again by content: the first says on what they were made, each other is one run."""
 
 from __future__ import annotations
 

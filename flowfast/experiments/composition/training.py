@@ -116,7 +116,7 @@ def errors(run: Run, student: FlowStudent) -> dict[str, Any]:
         error: relative squared error of the composition against the exact flow, on fresh points; local: mean squared
         error of each segment's end, from points of the exact flow, in units of the data's mean square.
     """
-    path = _path(run.problem, times_of(run.problem, run.grid, run.segments), run.points)
+    path = path_of(run.problem, times_of(run.problem, run.grid, run.segments), run.points)
     norm = path[-1].double().square().sum(1).mean()
     found = student(path[0]).double()
     local = [
@@ -133,7 +133,7 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _path(problem: Problem, times: tuple[float, ...], points: int) -> Tensor:
+def path_of(problem: Problem, times: tuple[float, ...], points: int) -> Tensor:
     """Where the exact flow takes points that no training sees: (n + 1, points, d)."""
     mixture, process = _mixture(problem), problem.process()
     generator = generator_for("composition", "evaluation")
