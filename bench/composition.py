@@ -7,16 +7,18 @@ called again, either goes on.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from flowfast.experiments.composition.runner import run_study
+from flowfast.experiments.composition.settings import Run
 from flowfast.experiments.composition.studies import grid_study, phase_study
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = {"grids": grid_study, "phases": phase_study}
+STUDIES: dict[str, Callable[[], list[Run]]] = {"grids": grid_study, "phases": phase_study}
 
 
 def main() -> None:

@@ -90,15 +90,14 @@ def rank_correlations(
 
 
 def spearman(table: np.ndarray[Any, Any], errors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Rank correlation of every column of table (n, m) with errors (n,): (m,). A constant column, which says nothing
-    about order, has 0.
-    """
+    """Rank correlation of every column of table (n, m) with errors (n,): (m,); 0 where a column is constant."""
     from scipy.stats import rankdata
 
     ranks, order = rankdata(table, axis=0), rankdata(errors)
     ranks, order = ranks - ranks.mean(0), order - order.mean()
     size = np.sqrt((ranks**2).sum(0) * (order**2).sum())
-    return np.divide(order @ ranks, size, out=np.zeros_like(size), where=size > 0)
+    found: np.ndarray[Any, Any] = np.divide(order @ ranks, size, out=np.zeros_like(size), where=size > 0)
+    return found
 
 
 def interval(clusters: Sequence[Sequence[float]]) -> Interval:
@@ -132,8 +131,7 @@ def grid_ratios(runs: Sequence[Found], grids: Sequence[str], base: str = "unifor
     A grid that a problem does not list because another has the same times counts by that one.
     """
     logs: dict[str, dict[Any, list[float]]] = {grid: {} for grid in grids}
-    key: Callable[[Found], Hashable] = lambda f: (f.run.problem, f.run.student, f.run.segments, f.run.seed)  # noqa: E731
-    for group in grouped_by(runs, key).values():
+    for group in grouped_by(runs, lambda f: (f.run.problem, f.run.student, f.run.segments, f.run.seed)).values():
         errors = {found.run.grid: found.error for found in group}
         if group[0].run.problem.std == 1:  # s = 1 always: see `grid_study`
             errors |= {"signed": errors.get("balanced", math.nan), "log-r": errors.get("uniform", math.nan)}
@@ -142,6 +140,6 @@ def grid_ratios(runs: Sequence[Found], grids: Sequence[str], base: str = "unifor
                 logs[grid].setdefault(group[0].run.problem, []).append(math.log(errors[grid] / errors[base]))
     found = {grid: interval(list(by_problem.values())) for grid, by_problem in logs.items() if by_problem}
     return {
-        grid: Interval(*(math.exp(value) for value in (one.value, one.low, one.high)), one.groups)
+        grid: Interval(math.exp(one.value), math.exp(one.low), math.exp(one.high), one.groups)
         for grid, one in found.items()
     }

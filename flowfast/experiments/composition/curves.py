@@ -113,7 +113,8 @@ def largest_eigenvalue(x: Tensor, mixture: GaussianMixture) -> Tensor:
     means = mixture.means.double()
     apart = (means - (weights @ means)[:, None]) * weights[..., None].sqrt()  # (n, k, d)
     products = apart @ apart.mT if means.shape[0] < means.shape[1] else apart.mT @ apart
-    return torch.linalg.eigvalsh(products)[:, -1].clamp(min=0)
+    largest: Tensor = torch.linalg.eigvalsh(products)[:, -1].clamp(min=0)
+    return largest
 
 
 def _amplifications(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from flowfast.experiments.composition.curves import time_of_log_r
 from flowfast.experiments.composition.settings import Problem
-from flowfast.grids import KINDS, GridKind, time_grid
+from flowfast.grids import KINDS, time_grid
 from flowfast.seeds import generator_for
 
 RANDOM = "random-"
@@ -32,7 +31,7 @@ def times_of(problem: Problem, grid: str, segments: int) -> tuple[float, ...]:
     if segments == 1:
         return 1.0, 0.0
     if grid in KINDS:
-        found = time_grid(problem.mixture(), problem.process(), segments, kind=cast(GridKind, grid))
+        found = time_grid(problem.mixture(), problem.process(), segments, kind=grid)
         return tuple(found.tolist())
     if grid == "log-r":
         return _from_log_r(problem, torch.arange(1, segments, dtype=torch.float64) / segments)

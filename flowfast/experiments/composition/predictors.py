@@ -40,7 +40,7 @@ SINGLES = {
     "worst_exact": "largest measured exponent, lambda_max",
     "worst_norm_here": "largest E|DPhi| of a segment",
     "worst_affine": "largest error of the best affine map of a segment",
-    "affine_composed": "composed error of the best affine maps",
+    "undivided": "composed error of the best affine maps, negated",
 }
 AFTER_TRAINING = ("local",)  # what is no prediction, but shows how far the form itself carries
 LEAST = 1e-30  # of a difficulty: its logarithm is taken
@@ -59,7 +59,8 @@ def predictions(found: Mapping[str, Any], student: Student, local: Sequence[floa
     values = {
         f"worst_{name}": max(found[name]) for name in ("paper", "signed", "trace", "exact", "norm_here", "affine")
     }
-    values["affine_composed"] = found["affine_composed"]
+    # A composition of affine maps is affine, so it does worse than one map by what the grid divides among segments.
+    values["undivided"] = -found["affine_composed"]
     for difficulty, amplification in product(DIFFICULTIES, AMPLIFICATIONS):
         terms = zip(
             _difficulty(found, difficulty, student, local), _to_data(found, amplification, len(local)), strict=True
