@@ -1,7 +1,7 @@
-"""`python -m bench.composition grids`: runs of the composition study that its file of results does not hold yet.
+"""`python -m bench.composition grids`: what the composition study's file of results does not hold yet.
 
-`grids` asks which time grid is good, `phases` when composing helps; docs/grids.md shows what was found. Stopped and
-called again, either goes on.
+`grids` trains students on many grids, `ingredients` measures what can be known of these grids before, `phases` asks
+when composing helps; docs/grids.md shows what was found. Stopped and called again, each goes on.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from flowfast.experiments.composition.ingredients import run_ingredients
 from flowfast.experiments.composition.runner import run_study
 from flowfast.experiments.composition.settings import Run
 from flowfast.experiments.composition.studies import grid_study, phase_study
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES: dict[str, Callable[[], list[Run]]] = {"grids": grid_study, "phases": phase_study}
+STUDIES: dict[str, Callable[[], list[Run]]] = {
+    "grids": grid_study,
+    "ingredients": grid_study,
+    "phases": phase_study,
+}
 
 
 def main() -> None:
@@ -30,7 +35,11 @@ def main() -> None:
     torch.set_num_threads(1)  # batched products of small networks are faster so
     console = Console()
     path = options.out or RESULTS / f"{options.study}-study-cpu.jsonl"
-    run_study(STUDIES[options.study](), path, tell=lambda done, total: console.print(f"{done} of {total} runs"))
+    runs = STUDIES[options.study]()
+    if options.study == "ingredients":
+        run_ingredients(runs, path)
+    else:
+        run_study(runs, path, tell=lambda done, total: console.print(f"{done} of {total} runs"))
     console.print(f"written: {path}", highlight=False)
 
 

@@ -25,7 +25,7 @@ from flowfast.experiments.composition.analysis import (
 from flowfast.experiments.composition.phases import Phase, counts, phases
 from flowfast.experiments.composition.predictors import AFTER_TRAINING, AMPLIFICATIONS, DIFFICULTIES, SINGLES
 from flowfast.experiments.composition.settings import STUDENTS, Student
-from flowfast.experiments.composition.studies import BUDGETS, GRIDS, HOUSE, SEGMENTS
+from flowfast.experiments.composition.studies import BUDGETS, GRIDS, PHASE_GRIDS, SEGMENTS
 from flowfast.report.figures import STYLE
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,7 @@ def phase_table(found: Sequence[Phase]) -> list[str]:
     """How many of the problems say what, by student, budget and n."""
     lines = _head(["student", "steps in all", *(f"n = {n}" for n in SEGMENTS[1:])])
     said = counts(found)
-    for student in HOUSE:
+    for student in PHASE_GRIDS:
         for steps in BUDGETS:
             cells = [said.get((student, steps, n)) for n in SEGMENTS[1:]]
             words = ["" if one is None else f"{one['helps']} / {one['open']} / {one['hurts']}" for one in cells]
@@ -164,9 +164,9 @@ def draw_phases(found: Sequence[Phase], path: Path) -> None:
     """Error with n segments over that with one: a panel per student and budget, a line per problem."""
     colors, marks, dashes = {1.0: "#0072b2", 0.3: "#d55e00", 0.1: "#009e73"}, {3: "o", 20: "s"}, {8: "--", 64: "-"}
     figure, axes = pyplot.subplots(
-        len(HOUSE), len(BUDGETS), figsize=(10, 6), sharex=True, sharey="row", squeeze=False
+        len(PHASE_GRIDS), len(BUDGETS), figsize=(10, 6), sharex=True, sharey="row", squeeze=False
     )  # fmt: skip
-    for axis, (student, steps) in zip(axes.flat, [(a, b) for a in HOUSE for b in BUDGETS], strict=True):
+    for axis, (student, steps) in zip(axes.flat, [(a, b) for a in PHASE_GRIDS for b in BUDGETS], strict=True):
         here = [one for one in found if (one.student, one.steps) == (student, steps)]
         for place, problem in enumerate(dict.fromkeys(one.problem for one in here)):
             mine = sorted((one for one in here if one.problem == problem), key=lambda one: one.segments)

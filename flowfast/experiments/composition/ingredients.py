@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowfast.experiments.composition.curves import Curves, curves, log_r_of
 from flowfast.experiments.composition.grids import times_of
-from flowfast.experiments.composition.lines import append, read
+from flowfast.experiments.composition.lines import about, append, read
 from flowfast.experiments.composition.settings import Problem, Run
 from flowfast.experiments.composition.training import path_of
 from flowfast.experiments.paper.settings import digest
@@ -97,6 +97,8 @@ def run_ingredients(runs: Sequence[Run], path: str | Path) -> None:
     """
     path = Path(path)
     finished = {line["digest"] for line in read(path) if "digest" in line}
+    if not path.exists():
+        append(path, about())
     for problem, grid, segments in dict.fromkeys((run.problem, run.grid, run.segments) for run in runs):
         times = times_of(problem, grid, segments)
         name = name_of(problem, times)

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowfast.experiments.machine import machine, versions
+
+PACKAGES = ("flowfast", "torch", "numpy", "scipy")
+
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line, on the disk when the call returns; what a killed write left at the end is cut off first."""
@@ -45,3 +49,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(entry) for key, entry in value.items()}
     return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def about() -> dict[str, Any]:
+    """The first line: on what the others were made."""
+    return {"about": {"machine": machine(), "versions": versions(PACKAGES)}}

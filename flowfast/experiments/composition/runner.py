@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flowfast.experiments.composition.grids import times_of
-from flowfast.experiments.composition.lines import append, read
+from flowfast.experiments.composition.lines import about, append, read
 from flowfast.experiments.composition.settings import Run
 from flowfast.experiments.composition.training import MOST, errors, grouped, train
-from flowfast.experiments.machine import machine, versions
 
-PACKAGES = ("flowfast", "torch", "numpy", "scipy")
 Tell = Callable[[int, int], None]
 
 
@@ -49,8 +47,3 @@ def _line(run: Run, found: dict[str, Any], seconds: float) -> dict[str, Any]:
     """What is stored of one run: its settings, grid, errors and share of the group's training time."""
     times = times_of(run.problem, run.grid, run.segments)
     return {"digest": run.digest(), "run": run.to_dict(), "times": times, **found, "seconds": seconds}
-
-
-def about() -> dict[str, Any]:
-    """The first line: on what the others were made."""
-    return {"about": {"machine": machine(), "versions": versions(PACKAGES)}}

@@ -11,8 +11,8 @@ from flowfast.grids import KINDS
 STDS, COMPONENTS, DIMS = (1.0, 0.3, 0.1), (3, 20), (8, 64)
 GRIDS = (*KINDS, "log-r", *(f"random-{i}" for i in range(6)))
 SEGMENTS = (1, 2, 4, 8)
-BUDGETS = (400, 1_200, 3_600)  # optimiser steps in all; each divides by 8
-HOUSE: tuple[Student, ...] = ("plain", "shared")
+BUDGETS = (240, 800, 2_400)  # optimiser steps in all; each divides by 8
+PHASE_GRIDS: dict[Student, str] = {"plain": "balanced", "shared": "measured"}  # each student's own best
 
 
 def problems(seed: int = 0) -> list[Problem]:
@@ -29,9 +29,9 @@ def grid_study(steps: int = 2_000) -> list[Run]:
     for students, segments, seed in (
         (("preconditioned", "plain"), 4, 0),
         (("preconditioned", "plain"), 8, 0),
+        (("shared",), 4, 0),
         (("preconditioned", "plain"), 2, 0),
         (("preconditioned", "plain"), 4, 1),
-        (("shared",), 4, 0),
     ):
         runs += [
             Run(problem, grid, segments, cast(Student, student), steps, seed)
@@ -47,10 +47,10 @@ def grids_of(problem: Problem) -> list[str]:
     return [grid for grid in GRIDS if problem.std != 1 or grid not in ("signed", "log-r")]
 
 
-def phase_study(grid: str = "log-r", seeds: int = 3) -> list[Run]:
-    """Every problem, budget and number of segments, three seeds with means of their own: plain students, and shared."""
+def phase_study(seeds: int = 3) -> list[Run]:
+    """Every problem, budget and n, for plain students and shared ones; each seed has means of its own."""
     return [
-        Run(problem, grid if segments > 1 else GRIDS[0], segments, student, steps, seed)
+        Run(problem, grid if segments > 1 else "uniform", segments, student, steps, seed)
         for steps, seed in product(BUDGETS, range(seeds))
-        for student, segments, problem in product(HOUSE, SEGMENTS, problems(seed))
+        for (student, grid), segments, problem in product(PHASE_GRIDS.items(), SEGMENTS, problems(seed))
     ]

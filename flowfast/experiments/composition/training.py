@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from flowfast.students import FlowStudent, SegmentTable
 from flowfast.teacher_pairs import PairSource, SegmentTarget, TeacherPairs
 from flowfast.training import Recipe
 
+BLOCK_ROWS = 8_192  # pairs of a segment that are made at once
 MOST = 64  # networks side by side: beyond, a batched step costs as much per network
+
+_Part: TypeAlias = tuple[FlowStudent, int, int]
+"""A student, a segment of it, and the index of the source of its pairs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def train(group: Group) -> list[FlowStudent]:
     recipe = Recipe(steps=first.updates(), learning_rate=first.learning_rate, schedule=first.schedule)
     places: dict[tuple[Any, ...], int] = {}
     sources: list[PairSource] = []
-    plan: list[list[tuple[FlowStudent, int, int]]] = []  # per network: its student, segments and their sources
+    plan: list[list[_Part]] = []  # per network
     for run, student in zip(group.runs, students, strict=True):
         times = times_of(run.problem, run.grid, run.segments)
         parts = []
@@ -75,12 +79,9 @@ def train(group: Group) -> list[FlowStudent]:
             parts.append((student, i, places[key]))
         plan += [parts] if run.shared else [[part] for part in parts]
     ensemble = Ensemble(list(_networks(students)), learning_rate=first.learning_rate, together=MOST)
-    pairs = TeacherPairs(sources, first.rows())
-    for step in range(recipe.steps):
-        x_from, x_to = pairs(step)
-        made = [_joined([student.network_pair(i, x_from[at], x_to[at]) for student, i, at in parts]) for parts in plan]
+    for step, (x, y) in enumerate(_steps(plan, sources, first.rows(), recipe.steps)):
         ensemble.learning_rate = recipe.learning_rate_at(step)
-        ensemble.step(torch.stack([x for x, _ in made]), torch.stack([y for _, y in made]))
+        ensemble.step(x, y)
     for index, network in enumerate(_networks(students)):
         network.load_state_dict(ensemble.member(index).state_dict())
     return [student.eval() for student in students]
@@ -153,6 +154,26 @@ def _networks(students: Sequence[FlowStudent]) -> Iterator[Any]:
         yield from student.networks
 
 
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    inputs, targets = zip(*pairs, strict=True)
-    return torch.cat(inputs), torch.cat(targets)
+def _steps(
+    plan: Sequence[Sequence[_Part]], sources: Sequence[PairSource], rows: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the networks are asked and should answer in each step: (M, b, d_in) and (M, b, d_out).
+
+    Pairs become the networks' own numbers for many steps at once: small tensors cost more than they hold.
+    """
+    together = max(1, BLOCK_ROWS // rows)
+    pairs = TeacherPairs(sources, together * rows)
+    for block in range(-(-steps // together)):
+        x_from, x_to = pairs(block)
+        made = [
+            _joined([student.network_pair(i, x_from[at], x_to[at]) for student, i, at in parts], together)
+            for parts in plan
+        ]
+        x, y = (torch.stack(side) for side in zip(*made, strict=True))  # (M, together, b, d_in or d_out)
+        yield from ((x[:, i], y[:, i]) for i in range(min(together, steps - block * together)))
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]], steps: int) -> tuple[Tensor, Tensor]:
+    """The segments of one network side by side: (steps, b, d_in) and (steps, b, d_out)."""
+    inputs, outputs = ([x.unflatten(0, (steps, -1)) for x in side] for side in zip(*pairs, strict=True))
+    return torch.cat(inputs, 1), torch.cat(outputs, 1)
