@@ -11,7 +11,7 @@ from flowfast.grids import KINDS
 STDS, COMPONENTS, DIMS = (1.0, 0.3, 0.1), (3, 20), (8, 64)
 GRIDS = (*KINDS, "log-r", *(f"random-{i}" for i in range(6)))
 SEGMENTS = (1, 2, 4, 8)
-BUDGETS = (240, 800, 2_400)  # optimiser steps in all; each divides by 8
+BUDGETS = {240: SEGMENTS, 800: SEGMENTS, 2_400: (1, 4)}  # optimiser steps in all, and what n they are spent on
 PHASE_GRIDS: dict[Student, str] = {"plain": "balanced", "shared": "measured"}  # each student's own best
 
 
@@ -21,25 +21,27 @@ def problems(seed: int = 0) -> list[Problem]:
 
 
 def grid_study(steps: int = 2_000) -> list[Run]:
-    """Eleven grids on every problem, for each kind of student.
+    """Eleven grids for each kind of student.
 
-    Separate networks, plain and preconditioned, with n = 2, 4, 8, and n = 4 with a second seed; shared ones with n = 4.
+    On every problem: separate networks, plain and preconditioned, with n = 4 and 8, and shared ones with n = 4. Separate
+    networks with n = 2 at sigma0 = 1, and n = 4 with a second seed at d = 8.
     """
-    runs = []
-    for students, segments, seed in (
-        (("preconditioned", "plain"), 4, 0),
-        (("preconditioned", "plain"), 8, 0),
-        (("shared",), 4, 0),
-        (("preconditioned", "plain"), 2, 0),
-        (("preconditioned", "plain"), 4, 1),
-    ):
-        runs += [
-            Run(problem, grid, segments, cast(Student, student), steps, seed)
-            for problem in problems()
-            for grid in grids_of(problem)
-            for student in students
-        ]
-    return runs
+    separate, shared = cast(tuple[Student, ...], ("preconditioned", "plain")), cast(tuple[Student, ...], ("shared",))
+    everything = problems()
+    parts = (
+        (separate, 4, 0, everything),
+        (separate, 8, 0, everything),
+        (shared, 4, 0, everything),
+        (separate, 2, 0, [problem for problem in everything if problem.std == 1]),
+        (separate, 4, 1, [problem for problem in everything if problem.dim == 8]),
+    )
+    return [
+        Run(problem, grid, segments, student, steps, seed)
+        for students, segments, seed, chosen in parts
+        for problem in chosen
+        for grid in grids_of(problem)
+        for student in students
+    ]
 
 
 def grids_of(problem: Problem) -> list[str]:
@@ -52,5 +54,5 @@ def phase_study(seeds: int = 3) -> list[Run]:
     return [
         Run(problem, grid if segments > 1 else "uniform", segments, student, steps, seed)
         for steps, seed in product(BUDGETS, range(seeds))
-        for (student, grid), segments, problem in product(PHASE_GRIDS.items(), SEGMENTS, problems(seed))
+        for (student, grid), segments, problem in product(PHASE_GRIDS.items(), BUDGETS[steps], problems(seed))
     ]
