@@ -35,6 +35,7 @@ GRID_FILE, INGREDIENT_FILE, PHASE_FILE = (
 )
 DOCUMENT = ROOT / "docs" / "grids.md"
 NAMED = tuple(grid for grid in GRIDS if not grid.startswith("random"))
+FACTORS = (1, 2, 5, 10, 20)  # on the axis of plain students
 Numbers = dict[Student, dict[str, Interval]]
 
 
@@ -85,14 +86,12 @@ def predictor_table(runs: Sequence[Found], within: Numbers, overall: Numbers) ->
         cells = [_interval(within[student][name]) for student in students]
         cells += [f"{overall[student][name].value:.2f}" for student in students]
         lines.append(_row([label(name), *cells]))
-    again = [_interval(repeated) if (repeated := _repeated(runs, student)) else "" for student in students]
+    again = []
+    for student in students:
+        found = repeatability([one for one in runs if one.run.student == student])
+        again.append("" if found is None else _interval(found))
     lines.append(_row(["a second training seed", *again, *[""] * len(students)]))
     return lines
-
-
-def _repeated(runs: Sequence[Found], student: Student) -> Interval | None:
-    chosen = [one for one in runs if one.run.student == student]
-    return repeatability(chosen) if len({one.run.seed for one in chosen}) > 1 else None
 
 
 def label(name: str) -> str:
@@ -179,8 +178,10 @@ def draw_phases(found: Sequence[Phase], path: Path) -> None:
                 linewidth=1, markersize=4, label=f"std {problem.std}, k {problem.components}, d {problem.dim}",
             )  # fmt: skip
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"{student}, {steps:,} steps in all", xscale="log", yscale="log", xticks=SEGMENTS[1:])
+        axis.set(title=f"{student}, {steps:,} steps in all", xscale="log", xticks=SEGMENTS[1:])
         axis.set_xticklabels([str(n) for n in SEGMENTS[1:]])
+        if student == "plain":
+            axis.set(yscale="log", yticks=FACTORS, yticklabels=[str(factor) for factor in FACTORS])
         axis.minorticks_off()
     figure.supxlabel("segments n", fontsize=10)
     figure.supylabel("composed error, n segments over one", fontsize=10)

@@ -95,7 +95,9 @@ def test_a_study_from_training_to_correlations(tmp_path: Path) -> None:
     rho = rank_correlations(plain, ingredients, within=lambda found: found.run.seed)
     assert set(rho) == set(SINGLES) | {f"{a}*{b}" for a in DIFFICULTIES for b in AMPLIFICATIONS}
     assert all(-1 <= one.low <= one.value <= one.high <= 1 and one.groups == 2 for one in rho.values())
-    assert -1 <= repeatability(plain).value <= 1
+    again = repeatability(plain)
+    assert again is not None and -1 <= again.value <= 1
+    assert repeatability([found for found in plain if found.run.seed == 0]) is None
     with pytest.raises(ValueError, match="line 1 is damaged"):
         whole.write_text("{\n")
         run_study(RUNS, whole)

@@ -110,19 +110,22 @@ def interval(clusters: Sequence[Sequence[float]]) -> Interval:
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
 
 
-def repeatability(runs: Sequence[Found]) -> Interval:
-    """Rank correlation of the errors between two training seeds on the same grids: what no predictor can exceed far."""
+def repeatability(runs: Sequence[Found]) -> Interval | None:
+    """Rank correlation of the errors between training seeds 0 and 1 on the same grids: no predictor can do much better.
+
+    None where fewer than LEAST_GRIDS were trained twice.
+    """
     by_problem: dict[Any, list[float]] = {}
     for (problem, _, _), group in grouped_by(runs, lambda f: (f.run.problem, f.run.student, f.run.segments)).items():
         seeds = grouped_by(group, lambda found: found.run.seed)
-        if len(seeds) < 2:
+        if not {0, 1} <= set(seeds):
             continue
         first, second = ({found.times: found.error for found in seeds[seed]} for seed in (0, 1))
         shared = [times for times in first if times in second]
         if len(shared) >= LEAST_GRIDS:
             once, again = (np.array([errors[times] for times in shared]) for errors in (first, second))
             by_problem.setdefault(problem, []).append(float(spearman(once[:, None], again)[0]))
-    return interval(list(by_problem.values()))
+    return interval(list(by_problem.values())) if by_problem else None
 
 
 def grid_ratios(runs: Sequence[Found], grids: Sequence[str], base: str = "uniform") -> dict[str, Interval]:

@@ -23,8 +23,8 @@ def problems(seed: int = 0) -> list[Problem]:
 def grid_study(steps: int = 2_000) -> list[Run]:
     """Eleven grids for each kind of student.
 
-    On every problem: separate networks, plain and preconditioned, with n = 4 and 8, and shared ones with n = 4. Separate
-    networks with n = 2 at sigma0 = 1, and n = 4 with a second seed at d = 8.
+    On every problem: separate networks, plain and preconditioned, with n = 4 and 8, and shared ones with n = 4. Besides
+    separate networks with n = 2 at sigma0 = 1, and with n = 4 and a second seed at d = 8.
     """
     separate, shared = cast(tuple[Student, ...], ("preconditioned", "plain")), cast(tuple[Student, ...], ("shared",))
     everything = problems()
