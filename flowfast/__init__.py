@@ -36,21 +36,27 @@ if TYPE_CHECKING:
     )
     from flowfast.students import MLP, FlowStudent, ResidualFlowMap, TransformerFlowMap
     from flowfast.teacher_pairs import PairSource, ScoreTarget, SegmentTarget, TeacherPairs, relative_errors
+    from flowfast.theory import ConstructiveScoreNet, ResidualComposition, audit_network
+    from flowfast.theory.lipschitz import lipschitz_constant, log_lipschitz_bound
+    from flowfast.theory.mismatch import LipschitzMismatch, lipschitz_mismatch
     from flowfast.variational import flow_amplification, flow_jacobian_product
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "ConstructiveScoreNet",
     "Ensemble",
     "Evaluation",
     "FlowSolution",
     "FlowStudent",
     "GaussianMixture",
+    "LipschitzMismatch",
     "MixtureScore",
     "OUProcess",
     "PairSource",
     "Recipe",
+    "ResidualComposition",
     "ResidualFlowMap",
     "ScoreTarget",
     "SegmentTarget",
@@ -58,6 +64,7 @@ __all__ = [
     "TeacherDataset",
     "TeacherPairs",
     "TransformerFlowMap",
+    "audit_network",
     "covariance_trace",
     "cumulative_stability",
     "denoise",
@@ -70,7 +77,10 @@ __all__ = [
     "generate_dataset",
     "hessian_norm_bound",
     "hessian_vector_product",
+    "lipschitz_constant",
+    "lipschitz_mismatch",
     "log_density",
+    "log_lipschitz_bound",
     "posterior_mean",
     "posterior_weights",
     "relative_errors",
@@ -86,7 +96,8 @@ __all__ = [
 
 _ROOMS = (
     "ops", "hessian", "modules", "flow", "mixture", "process", "stability", "grids", "students", "dataset",
-    "distillation", "metrics", "ensemble", "teacher_pairs", "variational",
+    "distillation", "metrics", "ensemble", "teacher_pairs", "theory", "variational",
+    "theory.mismatch", "theory.lipschitz",
 )  # fmt: skip
 
 

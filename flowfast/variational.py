@@ -34,7 +34,8 @@ def flow_jacobian_product(
         t_from, t_to: times >= 0, either direction; numbers, or tensors that broadcast with x's leading dimensions.
         transposed: `D Phi(x)^T v` instead (the derivative is a product of symmetric matrices, not symmetric itself).
         rtol: bound on one step's error, > 0: of the trajectory as in `flow_map`, of the perturbation relative to its
-            own norm. The default brings half of the results to within 1e-9 of the truth, relative to |D Phi| |v|.
+            own norm. Half of the results come to within 10 rtol of the truth, 99 % to within 1,000 rtol, relative to
+            |D Phi| |v| (the paper's mixture); where |D Phi| is large its own derivative is larger still.
 
     Returns:
         A row of x or v that is not finite gives a row that is not finite. Carries no gradient.
@@ -75,7 +76,7 @@ def flow_amplification(
 
     Returns:
         The operator norm at each point. Up to min(k, d) = 128 the whole derivative is integrated and its norm is exact
-        (half of the results within 1e-9, relative); beyond, a block power iteration on products with the derivative and
+        (to the same share of rtol, relative); beyond, a block power iteration on products with the derivative and
         its transpose approaches the norm from below. Rows of x that are not finite give NaN. Carries no gradient.
 
     Raises:

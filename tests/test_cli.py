@@ -261,7 +261,14 @@ def test_ctrl_c_stops_a_real_process_and_the_next_call_goes_on(place: Path) -> N
     command = [sys.executable, "-m", "flowfast", "distill", "--means", "means.npy", "--std", "0.2", "--out", "mine"]
     command += [*SMALL, "--steps", "120"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if line.startswith("training, balanced grid"):

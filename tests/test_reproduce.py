@@ -340,6 +340,18 @@ def test_a_diverging_run_stays_a_hole_and_the_others_are_stored(
     assert [record.seed for record in read(tmp_path).values()] == [1]
 
 
+def test_a_kill_after_the_last_result_leaves_nothing_behind(tmp_path: Path) -> None:
+    reproduce(FEW, tmp_path)
+    group = grouped(FEW.runs(), CPU)[0]
+    place = tmp_path / "unfinished"
+    left = [place / f"{group.digest()}{end}" for end in (".safetensors", ".json")]
+    left.append(place / f".{group.digest()}.safetensors.part")
+    for file in left:
+        file.touch()
+    reproduce(FEW, tmp_path)
+    assert not any(place.iterdir())
+
+
 def test_killed_at_ten_random_moments_the_results_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [

@@ -90,6 +90,18 @@ def test_a_single_gaussian_only_changes_scale(process: OUProcess) -> None:
     )
 
 
+def test_errors_are_a_multiple_of_rtol() -> None:
+    mixture = GaussianMixture(GaussianMixture.random(20, 64).means.double(), 0.1)
+    x, v = _points(mixture, 1.0, 100)
+    norm = flow_amplification(x, mixture, PROCESS, 1.0, 0.0, rtol=1e-11)
+    exact = flow_jacobian_product(x, v, mixture, PROCESS, 1.0, 0.0, rtol=1e-11)
+    for rtol in (1e-6, 1e-8):
+        coarse = flow_amplification(x, mixture, PROCESS, 1.0, 0.0, rtol=rtol) / norm - 1
+        moved = flow_jacobian_product(x, v, mixture, PROCESS, 1.0, 0.0, rtol=rtol) - exact
+        for error in (coarse.abs(), moved.norm(dim=1) / norm):
+            assert float(error.median()) <= 10 * rtol and float(error.quantile(0.99)) <= 1000 * rtol
+
+
 def test_two_components_half_way_reach_the_signed_bound() -> None:
     """There the posterior stays (1/2, 1/2) and the covariance D^2/4: Eq. 9 holds with equality."""
     mixture = GaussianMixture(torch.tensor([[0.8, 0.0], [-0.8, 0.0]], dtype=torch.float64), 0.1)

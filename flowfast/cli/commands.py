@@ -54,6 +54,7 @@ OPTIONS = {
     name: name for name in ("segments", "rows", "steps", "width", "std", "horizon", "beta", "seed", "backend", "n")
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
+OPTIONS |= {name: name for name in ("t", "eps", "blocks")} | {"t_from": "t-to"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 PICTURES = (".png", ".svg", ".pdf")

@@ -43,14 +43,48 @@ class ScoreNet(PaperMixture):
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(PaperMixture):
-    """Theorem 3: residual compositions of such networks; their error against the number of blocks and eps."""
+    """Theorem 3: residual compositions of such networks, built and learned; minutes of work with the defaults."""
 
-    blocks: Counts = (4, 8, 16, 32, 64, 128)
+    t_to: Times = (0.5, 0.0)
+    """Times at which compositions end; they begin at 1, which is noise."""
+    blocks: Counts = (4, 8, 16, 32, 64)
     """Numbers of blocks."""
-    eps: Accuracies = (1e-1, 1e-2, 1e-6)
+    eps: Accuracies = (0.5, 0.1, 1e-6)
     """Accuracies of the score networks."""
+    learned_blocks: Counts = (4, 8, 16)
+    """Numbers of blocks that are trained instead of built."""
+    steps: int = 500
+    """Optimiser steps per trained block."""
     n: int = 1_000
     """Fresh points of noise on which errors are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lipschitz:
+    """Theorem 2: Lipschitz constants of the flow's last stretch, and of networks, beside their bounds."""
+
+    means: Path | None = None
+    """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors; none takes the paper's, k = 20 and d = 64."""
+    stds: Annotated[tuple[float, ...], arg(metavar="STD [STD ...]")] = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+    """Standard deviations of the components, sigma0."""
+    beta: float = 5.0
+    """Constant rate of the forward process, per unit of time."""
+    horizon: float = 1.0
+    """Time at which the whole flow starts, from noise."""
+    depth: int = 4
+    """Hidden layers of the network."""
+    width: int = 512
+    """Units of each hidden layer."""
+    bound: float = 0.1
+    """Bound on the size of every entry of the network's weight matrices."""
+    train: int = 0
+    """Steps of training for a student per std, within the bound, whose constants are measured too; 0 trains none."""
+    n: int = 1_000
+    """Points at which constants are measured."""
+    seed: int = 0
+    """Seed of points and students."""
+    json: bool = False
+    """Print the numbers as JSON on stdout, and nothing else there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +104,7 @@ class PredictStability(PaperMixture):
 TheoryTopic = (
     Annotated[ScoreNet, subcommand("score-net")]
     | Annotated[Composition, subcommand("composition")]
+    | Annotated[Lipschitz, subcommand("lipschitz")]
     | Annotated[PredictStability, subcommand("stability")]
 )
 

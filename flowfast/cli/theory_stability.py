@@ -30,9 +30,9 @@ COLUMNS = {
 }
 
 
-def measure(options: PredictStability) -> dict[str, Any]:
+def measure(mixture: GaussianMixture, options: PredictStability) -> list[dict[str, Any]]:
     """Every segment of the chosen grids: exponents, measured amplification, error of the best affine map."""
-    mixture, process = _mixture(options), OUProcess(options.beta)
+    process = OUProcess(options.beta)
     for name in ("segments", "n", "nodes"):
         least = 2 if name == "nodes" else 1
         if getattr(options, name) < least:
@@ -51,14 +51,7 @@ def measure(options: PredictStability) -> dict[str, Any]:
         found = ingredients(mixture, process, times, known, torch.stack(path))
         found["finite"] = [math.exp(value) for value in found.pop("to_data_finite")]
         grids.append({"kind": kind, "times": times, **{name: found[name] for name in COLUMNS}})
-    return {
-        "components": mixture.n_components,
-        "dim": mixture.dim,
-        "std": float(mixture.std),
-        "beta": options.beta,
-        "points": options.n,
-        "grids": grids,
-    }
+    return grids
 
 
 def show(numbers: Mapping[str, Any]) -> list[Table]:
@@ -76,9 +69,3 @@ def show(numbers: Mapping[str, Any]) -> list[Table]:
             table.add_row(*(f"{t:.4f}" for t in ends), *(f"{grid[name][i]:.3g}" for name in COLUMNS))
         tables.append(table)
     return tables
-
-
-def _mixture(options: PredictStability) -> GaussianMixture:
-    if options.means is not None:
-        return GaussianMixture.load(options.means, std=options.std)
-    return GaussianMixture.random(20, 64, std=1.0 if options.std is None else options.std, seed=0)

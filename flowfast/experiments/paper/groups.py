@@ -50,6 +50,11 @@ def _per_point(settings: Settings) -> float:
     return dim * depth * (12 * width**2 + 2 * dim * width)
 
 
+def flops(settings: Settings) -> float:
+    """Floating-point operations of one run's training: six per weight and point, forward and backward."""
+    return 6.0 * settings.steps * settings.batch_size * _per_point(settings)
+
+
 def most_members(settings: Settings, device: torch.device) -> int:
     """Students trained together at most. On a CPU one run at a time, whose segments still go together."""
     if device.type == "cpu":

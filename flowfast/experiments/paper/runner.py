@@ -18,7 +18,7 @@ from flowfast.experiments.paper.plan import Rank, Request, check, claim
 from flowfast.experiments.paper.records import Record
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.summary import Summary, summarise
-from flowfast.experiments.paper.training import Training
+from flowfast.experiments.paper.training import Training, forget
 
 PACKAGES = ("flowfast", "torch", "numpy", "scipy", "safetensors")
 CHECKPOINT_EVERY = 60.0  # seconds; a kill costs at most these, and the evaluation in progress
@@ -152,6 +152,7 @@ class _Work:
     def finish(self, group: Group, finished: set[str]) -> None:
         missing = [run for run in group.runs if run.digest() not in finished]
         if not missing:
+            forget(group, self.folder)  # a kill may have come between the last result and this
             return
         label = self.names[missing[0].digest()] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         training = Training(group, self.folder, self.device)
@@ -179,7 +180,7 @@ class _Work:
             records.append(records.file_of(self.folder, self.rank.rank, self.rank.world), record)
             self.done += 1
         self._tell("evaluation", label, len(missing), len(missing))
-        training.forget()
+        forget(group, self.folder)
 
     def _tell(self, stage: str, label: str, done: int, total: int, loss: float | None = None) -> None:
         if self.listener is not None:

@@ -16,6 +16,7 @@ from flowfast.experiments.paper.groups import Group
 from flowfast.experiments.paper.settings import Run
 from flowfast.experiments.paper.sources import sources_of
 from flowfast.seeds import generator_for
+from flowfast.storage import part_of
 from flowfast.students import MLP, ResidualFlowMap, TransformerFlowMap
 from flowfast.teacher_pairs import TeacherPairs
 
@@ -36,11 +37,9 @@ class Training:
     def __init__(self, group: Group, folder: Path, device: torch.device) -> None:
         self._members = list(group.members())
         self._settings = group.runs[0].settings
-        place = folder / UNFINISHED
-        place.mkdir(exist_ok=True)
-        self._checkpoint = place / f"{group.digest()}.safetensors"
-        self._clock_file = place / f"{group.digest()}.json"
-        self._clock = Clock(self._clock_file, every=0.0)
+        self._checkpoint, clock = _files(group, folder)
+        self._checkpoint.parent.mkdir(exist_ok=True)
+        self._clock = Clock(clock, every=0.0)
         self._seconds = 0.0
         self._identity = {"group": [run.identity() for run in group.runs]}
         bounds = [run.settings.weight_bound or math.inf for run, _ in self._members]
@@ -87,14 +86,22 @@ class Training:
         """This run's share of the group's training time: all attempts, each up to its last checkpoint."""
         return self._seconds * run.settings.segments / len(self._members)
 
-    def forget(self) -> None:
-        """Remove the checkpoint of a group whose runs are all stored."""
-        self._checkpoint.unlink(missing_ok=True)
-        self._clock_file.unlink(missing_ok=True)
-
     def _write(self) -> None:
         self._ensemble.write(self._checkpoint, self._identity)
         self._clock.tick()
+
+
+def forget(group: Group, folder: Path) -> None:
+    """Remove what a group whose runs are all stored has left, a write that was killed included."""
+    for file in _files(group, folder):
+        file.unlink(missing_ok=True)
+        part_of(file).unlink(missing_ok=True)
+
+
+def _files(group: Group, folder: Path) -> tuple[Path, Path]:
+    """Checkpoint and clock of a group."""
+    place = folder / UNFINISHED
+    return place / f"{group.digest()}.safetensors", place / f"{group.digest()}.json"
 
 
 def student_of(run: Run, segment: int) -> nn.Module:
