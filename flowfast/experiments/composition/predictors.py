@@ -19,7 +19,7 @@ DIFFICULTIES = {
     "signed": "exponent of the signed bound",
     "trace": "measured exponent, by trace",
     "exact": "measured exponent, lambda_max",
-    "norm_here": "E|DPhi| over the segment, less 1",
+    "norm_here": "mean norm of D Phi over the segment, less 1",
     "answer": "variance of what the network answers",
     "affine": "error of the best affine map",
     "local": "(the trained student's own local error)",
@@ -30,7 +30,7 @@ AMPLIFICATIONS = {
     "signed": "signed bound",
     "exact": "measured exponent",
     "direction": "random direction",
-    "norm": "E|DPhi|",
+    "norm": "mean norm of D Phi",
     "finite": "finite perturbation",
 }
 SINGLES = {
@@ -38,7 +38,7 @@ SINGLES = {
     "worst_signed": "largest exponent of the signed bound",
     "worst_trace": "largest measured exponent, by trace",
     "worst_exact": "largest measured exponent, lambda_max",
-    "worst_norm_here": "largest E|DPhi| of a segment",
+    "worst_norm_here": "largest mean norm of D Phi over a segment",
     "worst_affine": "largest error of the best affine map of a segment",
     "undivided": "composed error of the best affine maps, negated",
 }
