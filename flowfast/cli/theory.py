@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from flowfast.cli import tables, theory_lipschitz
-from flowfast.cli.theory_options import Composition, Lipschitz, PaperMixture, ScoreNet, Theory
+from flowfast.cli import tables, theory_lipschitz, theory_stability
+from flowfast.cli.theory_options import Composition, Lipschitz, PaperMixture, PredictStability, ScoreNet, Theory
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.report.numbers import SUPERSCRIPTS, number, short
@@ -149,11 +149,17 @@ def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> T
     return table
 
 
+def _stability(options: PredictStability) -> Numbers:
+    mixture = mixture_of(options)
+    return {**about(mixture, options), "points": options.n, "grids": theory_stability.measure(mixture, options)}
+
+
 # Options of a topic: what measures it (plain numbers, as --json prints them), and what shows these as tables.
 TOPICS: dict[type, tuple[Callable[[Any], Numbers], Callable[[Numbers], list[Table]]]] = {
     ScoreNet: (_score_net, _score_net_tables),
     Composition: (_composition, _composition_tables),
     Lipschitz: (theory_lipschitz.measure, theory_lipschitz.show),
+    PredictStability: (_stability, theory_stability.show),
 }
 
 

@@ -87,10 +87,25 @@ class Lipschitz:
     """Print the numbers as JSON on stdout, and nothing else there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictStability(PaperMixture):
+    """Stability that predicts: exponents of both bounds, measured exponents and amplification of every segment."""
+
+    segments: int = 4
+    """Segments of the grids."""
+    grid: Annotated[tuple[str, ...], arg(metavar="KIND [KIND ...]")] = ("uniform", "balanced", "measured")
+    """Grids: uniform, balanced, signed, measured."""
+    n: int = 512
+    """Samples of each marginal."""
+    nodes: int = 33
+    """Times between noise and data at which amplification is measured; between them it is interpolated."""
+
+
 TheoryTopic = (
     Annotated[ScoreNet, subcommand("score-net")]
     | Annotated[Composition, subcommand("composition")]
     | Annotated[Lipschitz, subcommand("lipschitz")]
+    | Annotated[PredictStability, subcommand("stability")]
 )
 
 

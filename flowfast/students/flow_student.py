@@ -177,6 +177,19 @@ class FlowStudent(nn.Module):
         target = torch.stack([self._output_for(i, x_from[i], x_to[i]) for i in range(self.n_segments)])
         return (out - target).square().mean((1, 2))
 
+    def network_pair(self, i: int, x_from: Tensor, x_to: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network of segment i is to answer, and to what, when the teacher carries x_from to x_to.
+
+        Args:
+            i: 0 to m - 1. x_from, x_to: (b, d).
+
+        Returns:
+            inputs (b, d), with two more columns when shared, and outputs (b, d), in the student's dtype: `losses` is
+            the mean squared difference between these outputs and the network's.
+        """
+        x_from, x_to = x_from.to(self.center.dtype), x_to.to(self.center.dtype)
+        return self._inputs(i, x_from), self._output_for(i, x_from, x_to)
+
     def save(self, folder: str | Path) -> None:
         """Write student.safetensors (weights) and student.json (everything else) into `folder`, made if need be."""
         config = {
