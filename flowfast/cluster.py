@@ -33,6 +33,12 @@ class Answer:
     lost: str = ""
 
 
+def check_installed() -> None:
+    """Raise ValueError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("engine 'ray' needs Ray, which is not installed: pip install 'flowfast[cluster]'")
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Any]:
     """The ray module, connected; a connection that was there before is used and kept.
@@ -45,8 +51,7 @@ def connected(address: str | None = None) -> Iterator[Any]:
         ValueError: Ray is not installed, or no cluster answers at this address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("engine 'ray' needs Ray, which is not installed: pip install 'flowfast[cluster]'")
+    check_installed()
     ray = importlib.import_module("ray")
     if ray.is_initialized():
         yield ray

@@ -48,7 +48,7 @@ def train(recipe: Recipe = SMALL, **more) -> FlowStudent:
 
 def stored(path, **more):
     settings = {"rows_per_shard": 32, "backend": "reference"} | more
-    return generate_dataset(mixture(), PROCESS, TIMES, 100, path, **settings)
+    return generate_dataset(mixture(), PROCESS, TIMES, 200, path, **settings)
 
 
 def path_of(gm: GaussianMixture, times, n: int, seed: int) -> torch.Tensor:

@@ -133,6 +133,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> None:
         for index, request in enumerate(requests):
             yield Answer(index, None, "node died") if index == 1 else Answer(index, work(request))
 
+    monkeypatch.setattr(cluster, "check_installed", lambda: None)
     monkeypatch.setattr(cluster, "connected", lambda address=None: nullcontext())
     monkeypatch.setattr(cluster, "run_tasks", run_tasks)
 
@@ -173,3 +174,4 @@ def test_what_is_missing_is_said_with_the_command_that_mends_it(
     ):
         with pytest.raises(ValueError, match=r"pip install 'flowfast\[cluster\]'"):
             call()
+    assert not list(tmp_path.iterdir()), "nothing was written"

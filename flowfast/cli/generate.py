@@ -168,7 +168,13 @@ def watch(per_row: int) -> Iterator[Callable[[int, int], None]]:
     )
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("", total=None, note="")
-        yield lambda done, rows: bar.update(task, completed=done, total=rows, note=pace(done))
+
+        def draw(done: int, rows: int) -> None:
+            if bar.tasks[0].total is None:
+                bar.reset(task, total=rows, completed=done)  # rows that stood before are no sign of speed
+            bar.update(task, completed=done, note=pace(done).removeprefix(", "))
+
+        yield draw
 
 
 class _Pace:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowfast import cluster
 from flowfast.dataset.engines import SetAside, Tell, run_here, run_pool
 from flowfast.dataset.identity import kernel_here, read_mixture, write_mixture
 from flowfast.dataset.maker import read_plan
@@ -168,6 +169,8 @@ def carry_out(
         raise ValueError(f"workers must be a whole number, at least 1; got {workers!r}")
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if engine == "ray":
+        cluster.check_installed()
     rank = rank or Rank()
     missing = missing_shards(store, plan) if check_claim(store, plan) else bytearray(b"\1") * plan.n_shards
     check_space(store, plan, mixture.dim, missing.count(1))

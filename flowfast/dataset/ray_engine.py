@@ -33,8 +33,8 @@ def run_ray(store: Store, shards: Sequence[int], tell: Tell) -> list[SetAside]:
     location = store.location if "://" in store.location else str(Path(store.location).absolute())
     requests = (json.dumps({"location": location, "shard": shard}) for shard in shards)
     gpus = int(plan.kernel.backend == "triton")
-    with cluster.connected() as ray:
-        try:
+    try:
+        with cluster.connected() as ray:
             for answer in cluster.run_tasks(ray, _make, requests, gpus=gpus):
                 shard = shards[answer.index]
                 if answer.text is None:
@@ -47,8 +47,8 @@ def run_ray(store: Store, shards: Sequence[int], tell: Tell) -> list[SetAside]:
                     failed.append(SetAside(shard, said["failed"]))
                 else:
                     tell(said["rows"])
-        finally:
-            sweep(store, complete=False)
+    finally:
+        sweep(store, complete=False)
     return failed
 
 

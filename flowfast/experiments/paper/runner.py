@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowfast import backends
+from flowfast import backends, cluster
 from flowfast.experiments.paper import records, tables
 from flowfast.experiments.paper.groups import Group, grouped, share
 from flowfast.experiments.paper.plan import Request, check, claim
@@ -83,6 +83,8 @@ def reproduce(
     folder, rank = Path(out), rank or Rank()
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if engine == "ray":
+        cluster.check_installed()
     if engine == "ray" and rank.world > 1:
         raise ValueError("engine 'ray' divides the runs itself: unset RANK and WORLD_SIZE, or the SLURM array's")
     place = _place(request, device, here=engine == "local")
