@@ -214,7 +214,8 @@ def _serve(folder: Path) -> None:
             answer: Any = os.fork() or _run(folder, asked["call"])
         else:
             code = os.waitstatus_to_exitcode(os.waitpid(asked["run"], 0)[1])
-            answer = code, (folder / f"{asked['run']}.stderr").read_text(), faults.faults_log().decode()
+            said = folder / f"{asked['run']}.stderr"  # it may have died before it made that
+            answer = code, said.read_text() if said.exists() else "", faults.faults_log().decode()
         print(json.dumps(answer), flush=True)
 
 

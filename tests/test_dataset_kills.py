@@ -124,12 +124,13 @@ def test_workers_killed_at_random_moments(one: Stage, tmp_path: Path) -> None:
     while killed < KILLS // 4:
         path, folders = tmp_path / str(folders), folders + 1
         run = one.start(path, **many, workers=2, start="forkserver")
-        until(lambda path=path: _receipts(path), "a shard")
         while run in session(run) and killed < KILLS // 4:
+            seen = _receipts(path)
+            until(lambda run=run, path=path, seen=seen: _receipts(path) > seen or run not in session(run), "a shard")
+            time.sleep(chance.expovariate(50.0))
             for pid in _workers(run)[:1]:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
-            time.sleep(chance.expovariate(20.0))
         done = one.wait(run)
         assert done.code == 0, done.error
         assert digests(path) == digests(tmp_path / "whole")

@@ -128,7 +128,7 @@ class _Pool:
             worker.connection.send_bytes(message)
 
     def hear(self, worker: _Worker, message: dict[str, str | int]) -> None:
-        worker.ready = True
+        worker.ready, self.stillborn = True, 0
         if "rows" in message:
             worker.rows += int(message["rows"])
             self.tell(int(message["rows"]))
@@ -154,12 +154,12 @@ class _Pool:
         worker.connection.close()
         self.workers.remove(worker)
         self.tell(-worker.rows)
-        self.stillborn = 0 if worker.ready else self.stillborn + 1
+        self.stillborn += not worker.ready
         said = f"its worker process ended with code {worker.process.exitcode}"
         if self.stillborn >= TRIES:
             raise RuntimeError(f"worker processes do not start: {said}")
         if worker.shard is not None:
-            self.tries[worker.shard] += 1
+            self.tries[worker.shard] += worker.ready  # before that it has not seen the shard
             if self.tries[worker.shard] < TRIES:
                 self.again.append(worker.shard)
             else:
