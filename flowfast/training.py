@@ -15,9 +15,10 @@ from flowfast.storage import differences, read_tensors, write_tensors
 from flowfast.students import FlowStudent
 from flowfast.students.mlp import ACTIVATIONS, Activation, check_size
 
-Schedule = Literal["one-cycle", "constant"]
+Schedule = Literal["one-cycle", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 _RISE, _START, _END = 0.3, 1 / 25, 1 / 25e4  # of the one-cycle schedule: share of steps, first and last rate over peak
+_WARM_UP = 0.05  # of the linear schedule: share of steps
 _FORMAT = {"format": "flowfast training", "version": 1}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,9 +32,11 @@ class Recipe:
         batch_size: pairs per segment and step, >= 1.
         width, depth, activation: of the network, see `MLP`.
         preconditioned, shared: see `FlowStudent`.
+        reduced: a preconditioned student works in the span of the means' differences, where the flow moves, and leaves
+            the directions across it alone.
         learning_rate: peak of AdamW's learning rate, > 0.
         schedule: "one-cycle" rises to the peak over 30 % of the steps and falls to nothing, both as a cosine (torch's
-            OneCycleLR); "constant" stays at the peak.
+            OneCycleLR); "linear" rises to it over 5 % and falls to zero, both in a straight line; "constant" stays.
         clip_norm: bound on the gradient norm of each network, > 0.
         weight_decay: of AdamW, >= 0; it decays the weights by learning_rate * weight_decay per step.
 
@@ -48,16 +51,27 @@ class Recipe:
     activation: Activation = "relu"
     preconditioned: bool = True
     shared: bool = True
+    reduced: bool = True
     learning_rate: float = 2e-3
     schedule: Schedule = "one-cycle"
     clip_norm: float = 1.0
     weight_decay: float = 0.1
 
+    @classmethod
+    def fresh(cls, **changes: Any) -> Recipe:
+        """The recipe for pairs that are made anew for every step; the default one is for a stored set.
+
+        Args:
+            changes: fields that are to differ.
+        """
+        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 4e-3, "weight_decay": 0.0}
+        return cls(**{**settings, "schedule": "linear", **changes})
+
     def __post_init__(self) -> None:
         """Refuse values of another kind or range."""
         for name in ("steps", "batch_size", "width", "depth"):
             check_size(name, getattr(self, name))
-        for name in ("preconditioned", "shared"):
+        for name in ("preconditioned", "shared", "reduced"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         for name, known in (("activation", ACTIVATIONS), ("schedule", _SCHEDULES)):
@@ -74,6 +88,9 @@ class Recipe:
         """Learning rate of optimiser step `step`, 0 to steps - 1."""
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "linear":
+            rise = max(1, round(_WARM_UP * self.steps))
+            return self.learning_rate * min((step + 1) / rise, (self.steps - step) / (self.steps - rise + 1))
         top, last = _RISE * self.steps - 1, self.steps - 1
         low, climbed = (_START, step / top) if step <= top else (_END, (last - step) / (last - top))
         return self.learning_rate * (low + (1 - low) * (1 - math.cos(math.pi * climbed)) / 2)
