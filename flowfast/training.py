@@ -52,8 +52,8 @@ class Recipe:
     preconditioned: bool = True
     shared: bool = True
     reduced: bool = True
-    learning_rate: float = 2e-3
-    schedule: Schedule = "one-cycle"
+    learning_rate: float = 4e-3
+    schedule: Schedule = "linear"
     clip_norm: float = 1.0
     weight_decay: float = 0.1
 
@@ -64,8 +64,8 @@ class Recipe:
         Args:
             changes: fields that are to differ.
         """
-        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 4e-3, "weight_decay": 0.0}
-        return cls(**{**settings, "schedule": "linear", **changes})
+        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 8e-3, "weight_decay": 0.0}
+        return cls(**{**settings, **changes})
 
     def __post_init__(self) -> None:
         """Refuse values of another kind or range."""

@@ -65,7 +65,7 @@ def same(one: FlowStudent, other: FlowStudent) -> bool:
 
 @pytest.mark.parametrize("steps", [2, 10, 40, 1000])
 def test_one_cycle_is_torchs(steps):
-    recipe = replace(SMALL, steps=steps, learning_rate=3e-3)
+    recipe = replace(SMALL, steps=steps, learning_rate=3e-3, schedule="one-cycle")
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     torchs = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps, cycle_momentum=False)
     for step in range(steps):
