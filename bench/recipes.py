@@ -3,7 +3,8 @@
 Students of the exact flow over [0, 1] (k = 20, d = 64, std = 1), MLPs of width 512 with 4 hidden layers, 1,024 fresh
 teacher pairs per optimiser step in all: a shared network on n segments splits them, separate networks split the steps.
 Errors are composed relative squared errors on 50,000 fresh points. Appends a line per run to
-`bench/results/recipes-cpu.jsonl`; runs that stand there are not repeated. One process, one thread.
+`bench/results/recipes-cpu.jsonl`; runs that stand there are not repeated. One process, one thread. With `--table` it
+prints what stands there as the tables of docs/students.md.
 """
 
 from __future__ import annotations
@@ -45,18 +46,21 @@ class Trial:
 
 TRIALS: Mapping[str, Mapping[str, Trial]] = {
     "ingredients": {
-        "best": Trial(BEST),
+        "none": Trial(BEST),
+        "not preconditioned": Trial(replace(BEST, preconditioned=False)),
+        "all coordinates": Trial(replace(BEST, reduced=False)),
+        "peak 2e-3": Trial(replace(BEST, learning_rate=2e-3)),
+        "peak 4e-3": Trial(replace(BEST, learning_rate=4e-3)),
         "one-cycle schedule": Trial(replace(BEST, schedule="one-cycle")),
         "constant rate": Trial(replace(BEST, schedule="constant")),
-        "peak 2e-3": Trial(replace(BEST, learning_rate=2e-3)),
-        "peak 8e-3": Trial(replace(BEST, learning_rate=8e-3)),
-        "weight decay 0": Trial(replace(BEST, weight_decay=0.0)),
-        "all coordinates": Trial(replace(BEST, reduced=False)),
-        "not preconditioned": Trial(replace(BEST, preconditioned=False)),
-        "paper": Trial(PAPER),
+        "weight decay 0.1": Trial(replace(BEST, weight_decay=0.1)),
+        "the paper's student": Trial(PAPER),
+        "n = 4": Trial(BEST, 4),
+        "n = 4, measured grid": Trial(BEST, 4, "measured"),
+        "n = 4, a network per segment": Trial(replace(BEST, shared=False), 4),
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
-    "best": {f"n = {n}": Trial(BEST, n) for n in (1, 4, 8, 2)},
+    "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)},
 }
 
 
@@ -67,11 +71,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names within the sets, such as 'n = 1'")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; none is the set's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
     parser.add_argument("--out", type=Path, default=Path("bench/results/recipes-cpu.jsonl"))
     options = parser.parse_args()
     unknown = sorted(set(options.sets) - set(TRIALS))
     if unknown:
         parser.error(f"sets must be of {', '.join(TRIALS)}; got {', '.join(unknown)}")
+    if options.table:
+        print(tables(rows_of(options.out)))
+        return
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"processor": processor(), **machine(), "versions": versions()}
@@ -80,7 +88,7 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             settings = settings_of(group, name, trial, options.steps or STEPS[group], options.seed)
-            if settings in done(options.out):
+            if any(settings.items() <= row.items() for row in rows_of(options.out)):
                 continue
             found = run(trial, settings["steps"], options.seed)
             with options.out.open("a") as file:
@@ -96,12 +104,28 @@ def settings_of(group: str, name: str, trial: Trial, steps: int, seed: int) -> d
     }  # fmt: skip
 
 
-def done(file: Path) -> list[dict[str, Any]]:
-    """Settings of the runs that stand in the file."""
-    if not file.is_file():
-        return []
-    names = ("set", "name", "segments", "grid", "steps", "seed", "recipe")
-    return [{name: row[name] for name in names} for row in map(json.loads, file.read_text().splitlines())]
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The runs that stand in the file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The runs as two tables in Markdown: students at the full number of steps, and ingredients at fewer."""
+    students = [row for row in rows if row["set"] in ("best", "paper")]
+    lines = [
+        "| n | student | grid | steps | seed | composed error | processor seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(students, key=lambda row: (row["segments"], row["set"])):
+        who = "the recipe" if row["set"] == "best" else "the paper's"
+        lines.append(
+            f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
+            f"{row['seconds']:.0f} |"
+        )
+    lines += ["", "| change to the recipe | steps | seed | composed error |", "|---" * 4 + "|"]
+    for row in sorted((row for row in rows if row["set"] == "ingredients"), key=lambda row: row["composed"]):
+        lines.append(f"| {row['name']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} |")
+    return "\n".join(lines)
 
 
 def sized(trial: Trial, steps: int) -> Recipe:

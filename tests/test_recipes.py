@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,12 @@ def test_a_run_stands_in_the_file_once(tmp_path, monkeypatch, capsys):
     again = recipes.run(trials["n = 2"], 4, 0)
     assert again["composed"] == rows[0]["composed"]  # a seed gives one set of bits
     assert capsys.readouterr().out.count("best, n = ") == 2
+    monkeypatch.setattr("sys.argv", [*call, "--table"])
+    recipes.main()
+    assert f"| 2 | the recipe | uniform | 4 | 0 | {again['composed']:.4f} |" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_stands_in_the_file():
+    root = Path(__file__).parents[1]
+    rows = recipes.rows_of(root / "bench" / "results" / "recipes-cpu.jsonl")
+    assert rows and recipes.tables(rows) in (root / "docs" / "students.md").read_text()
