@@ -54,13 +54,15 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "one-cycle schedule": Trial(replace(BEST, schedule="one-cycle")),
         "constant rate": Trial(replace(BEST, schedule="constant")),
         "weight decay 0.1": Trial(replace(BEST, weight_decay=0.1)),
+        "Muon": Trial(replace(BEST, optimiser="muon")),
         "the paper's student": Trial(PAPER),
         "n = 4": Trial(BEST, 4),
         "n = 4, measured grid": Trial(BEST, 4, "measured"),
         "n = 4, a network per segment": Trial(replace(BEST, shared=False), 4),
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
-    "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)},
+    "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
+    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
 }
 
 
@@ -117,7 +119,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(students, key=lambda row: (row["segments"], row["set"])):
-        who = "the recipe" if row["set"] == "best" else "the paper's"
+        who = "the paper's" if row["set"] == "paper" else "the recipe"
+        if row["recipe"]["optimiser"] == "muon":
+            who += ", Muon"
         lines.append(
             f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
             f"{row['seconds']:.0f} |"

@@ -100,10 +100,10 @@ def test_seed_decides_the_bits_and_the_global_generator_stays(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "optimiser"), [(False, "adamw"), (True, "adamw"), (False, "muon")])
 @pytest.mark.parametrize("stop", [1, 13, 39])
-def test_interrupted_training_ends_with_the_same_bits(tmp_path, stop, shared):
-    recipe, file = replace(SMALL, shared=shared), tmp_path / "deep" / "state"
+def test_interrupted_training_ends_with_the_same_bits(tmp_path, stop, shared, optimiser):
+    recipe, file = replace(SMALL, shared=shared, optimiser=optimiser), tmp_path / "deep" / "state"
     seen: list[Progress] = []
 
     def interrupt(now: Progress) -> None:
@@ -205,6 +205,26 @@ def test_separate_networks_do_not_hear_of_each_other():
     first, second = ([s.networks[i].state_dict() for s in students] for i in range(2))
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert any(not torch.equal(second[0][name], second[1][name]) for name in second[0])
+
+
+def test_muon_moves_the_matrices_between_hidden_layers_alone():
+    """Its step is a matrix whose singular values are nearly equal, as large as AdamW's: 0.2 of the rate per entry."""
+    table = SegmentTable(r=(0.01, 2.0), s=(1.0, 0.5))
+    x = torch.randn(1, 64, 3, generator=torch.Generator().manual_seed(0))
+    recipe = replace(SMALL, width=32, depth=3, weight_decay=0.0, schedule="constant", learning_rate=1e-2)
+    moves = []
+    for optimiser in ("adamw", "muon"):
+        student = FlowStudent(3, table, width=32, depth=3)
+        before = [weight.detach().clone() for weight in student.parameters()]
+        Trainer(student, replace(recipe, optimiser=optimiser)).step(x, 50 * x.flip(-1))
+        moves.append([now.detach() - old for now, old in zip(student.parameters(), before, strict=True)])
+    adamw, muon = moves
+    hidden = [2, 4]  # of weight, bias, weight, bias, ...
+    assert all(torch.equal(a, b) == (i not in hidden) for i, (a, b) in enumerate(zip(adamw, muon, strict=True)))
+    for i in hidden:
+        sizes = torch.linalg.svdvals(muon[i])
+        kept = sizes[: int((sizes > 1e-3 * sizes[0]).sum())]
+        assert float(kept.median()) == pytest.approx(1e-2 * 0.2 * 32**0.5, rel=0.5)  # 1 +- 0.5 by five iterations
 
 
 def test_the_gradient_norm_is_clipped():
@@ -357,6 +377,7 @@ def test_evaluation_is_relative_error_composed_and_local():
             ValueError,
             "must be one of one-cycle, linear, constant; got 'cosine'",
         ),
+        (lambda: Recipe(optimiser="sgd"), ValueError, "optimiser must be one of adamw, muon; got 'sgd'"),
         (lambda: Recipe.fresh(speed=1), TypeError, "speed"),
         (lambda: Recipe(shared=1), TypeError, "shared must be True or False; got 1"),
         (lambda: Recipe(learning_rate=0.0), ValueError, "learning_rate must be finite and above 0; got 0.0"),
