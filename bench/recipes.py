@@ -54,6 +54,7 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "one-cycle schedule": Trial(replace(BEST, schedule="one-cycle")),
         "constant rate": Trial(replace(BEST, schedule="constant")),
         "weight decay 0.1": Trial(replace(BEST, weight_decay=0.1)),
+        "gradients clipped at 0.25": Trial(replace(BEST, clip_norm=0.25)),
         "Muon": Trial(replace(BEST, optimiser="muon")),
         "the paper's student": Trial(PAPER),
         "n = 4": Trial(BEST, 4),
