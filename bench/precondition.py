@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="training seeds, from 0")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
     options = parser.parse_args()
-    recipe = Recipe(steps=options.steps, batch_size=128, width=256, weight_decay=0.0)
+    recipe = Recipe(
+        steps=options.steps, batch_size=128, width=256, weight_decay=0.0,
+        reduced=False, learning_rate=2e-3, schedule="one-cycle",
+    )  # fmt: skip
     mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0), OUProcess(5.0)
     times = time_grid(mixture, process, SEGMENTS, kind="uniform")
     path = teacher_path(mixture, process, times)

@@ -28,6 +28,7 @@ from flowfast.training import Recipe as Recipe
 from flowfast.training import Trainer
 
 _REPORTS = 100  # progress calls in a training
+_SPAN = 1e-6  # of the largest spread; along axes with less the means do not differ
 _FRESH_ROWS = 4_096  # pairs per segment that one call of the teacher makes, enough to keep all cores busy
 
 Pairs = Callable[[int], tuple[Tensor, Tensor]]  # of a step: x_from, x_to, each (m, b, d)
@@ -140,7 +141,8 @@ def _student(
     std = mixture.std.detach().cpu()
     means, weights = mixture.means.detach().double(), mixture.weights.detach().double()
     center = weights @ means / weights.sum()  # (d,)
-    spread = weights @ (means - center).square().mean(1) / weights.sum()
+    axes, spread = _principal_axes((weights / weights.sum()).sqrt()[:, None] * (means - center))
+    reduced = recipe.reduced and 0 < axes.shape[1] < mixture.dim
     return FlowStudent(
         mixture.dim,
         SegmentTable(r=tuple(process.snr_root(at, std).tolist()), s=tuple(process.std(at, std).tolist())),
@@ -150,10 +152,24 @@ def _student(
         preconditioned=recipe.preconditioned,
         shared=recipe.shared,
         center=center.cpu(),
-        scale=float(spread) ** 0.5,
+        scale=math.sqrt(spread / (axes.shape[1] if reduced else mixture.dim)),
+        axes=axes.cpu() if reduced else None,
         seed=seed,
         dtype=mixture.dtype,
     ).to(mixture.device)
+
+
+def _principal_axes(weighted: Tensor) -> tuple[Tensor, float]:
+    """Directions in which the means differ, and how far.
+
+    Args:
+        weighted: (k, d) float64, the means about their centre, times the square roots of their weights (sum 1).
+
+    Returns:
+        Orthonormal columns (d, a), a = 0 when the means do not differ, and their mean squared distance from the centre.
+    """
+    _, size, axes = torch.linalg.svd(weighted, full_matrices=False)  # axes: rows
+    return axes[size > _SPAN * size[0]].mT, float(size.square().sum())
 
 
 def _stored_pairs(data: TeacherDataset, batch: int, seed: int, device: torch.device) -> Pairs:

@@ -15,11 +15,17 @@ from flowfast.storage import differences, read_tensors, write_tensors
 from flowfast.students import FlowStudent
 from flowfast.students.mlp import ACTIVATIONS, Activation, check_size
 
-Schedule = Literal["one-cycle", "constant"]
+Schedule = Literal["one-cycle", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Optimiser = Literal["adamw", "muon"]
+_OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
 _RISE, _START, _END = 0.3, 1 / 25, 1 / 25e4  # of the one-cycle schedule: share of steps, first and last rate over peak
+_WARM_UP = 0.05  # of the linear schedule: share of steps
 _FORMAT = {"format": "flowfast training", "version": 1}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS: Mapping[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,15 @@ class Recipe:
         batch_size: pairs per segment and step, >= 1.
         width, depth, activation: of the network, see `MLP`.
         preconditioned, shared: see `FlowStudent`.
-        learning_rate: peak of AdamW's learning rate, > 0.
+        reduced: a preconditioned student works in the span of the means' differences, where the flow moves, and leaves
+            the directions across it alone.
+        optimiser: "adamw", or "muon": Muon for the matrices between hidden layers, AdamW for the rest. Muon learns more
+            per step and takes more time for it: 15 products of a matrix by itself, in bfloat16 inside.
+        learning_rate: peak of the learning rate, > 0. Muon's updates are scaled to the size of AdamW's.
         schedule: "one-cycle" rises to the peak over 30 % of the steps and falls to nothing, both as a cosine (torch's
-            OneCycleLR); "constant" stays at the peak.
+            OneCycleLR); "linear" rises to it over 5 % and falls to zero, both in a straight line; "constant" stays.
         clip_norm: bound on the gradient norm of each network, > 0.
-        weight_decay: of AdamW, >= 0; it decays the weights by learning_rate * weight_decay per step.
+        weight_decay: >= 0; it decays the weights by learning_rate * weight_decay per step.
 
     Raises:
         TypeError, ValueError: a value of another kind or range, by name.
@@ -48,19 +58,32 @@ class Recipe:
     activation: Activation = "relu"
     preconditioned: bool = True
     shared: bool = True
-    learning_rate: float = 2e-3
-    schedule: Schedule = "one-cycle"
+    reduced: bool = True
+    optimiser: Optimiser = "adamw"
+    learning_rate: float = 4e-3
+    schedule: Schedule = "linear"
     clip_norm: float = 1.0
     weight_decay: float = 0.1
+
+    @classmethod
+    def fresh(cls, **changes: Any) -> Recipe:
+        """The recipe for pairs that are made anew for every step; the default one is for a stored set.
+
+        Args:
+            changes: fields that are to differ.
+        """
+        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 8e-3, "weight_decay": 0.0}
+        return cls(**{**settings, **changes})
 
     def __post_init__(self) -> None:
         """Refuse values of another kind or range."""
         for name in ("steps", "batch_size", "width", "depth"):
             check_size(name, getattr(self, name))
-        for name in ("preconditioned", "shared"):
+        for name in ("preconditioned", "shared", "reduced"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        for name, known in (("activation", ACTIVATIONS), ("schedule", _SCHEDULES)):
+        choices = (("activation", ACTIVATIONS), ("schedule", _SCHEDULES), ("optimiser", _OPTIMISERS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name, least in (("learning_rate", "above 0"), ("clip_norm", "above 0"), ("weight_decay", "at least 0")):
@@ -74,13 +97,16 @@ class Recipe:
         """Learning rate of optimiser step `step`, 0 to steps - 1."""
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "linear":
+            rise = max(1, round(_WARM_UP * self.steps))
+            return self.learning_rate * min((step + 1) / rise, (self.steps - step) / (self.steps - rise + 1))
         top, last = _RISE * self.steps - 1, self.steps - 1
         low, climbed = (_START, step / top) if step <= top else (_END, (last - step) / (last - top))
         return self.learning_rate * (low + (1 - low) * (1 - math.cos(math.pi * climbed)) / 2)
 
 
 class Trainer:
-    """A student under AdamW, one optimiser and one gradient clip per network, so that separate networks stay separate.
+    """A student under its optimisers, with a gradient clip per network, so that separate networks stay separate.
 
     Args:
         student: trained in place.
@@ -90,10 +116,7 @@ class Trainer:
     def __init__(self, student: FlowStudent, recipe: Recipe) -> None:
         self.student, self.recipe, self.done = student, recipe, 0
         self._weights = [list(network.parameters()) for network in student.networks]
-        self._optimisers = [
-            torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-            for weights in self._weights
-        ]
+        self._optimisers = [one for network in student.networks for one in _optimisers(network, recipe)]
 
     def step(self, x_from: Tensor, x_to: Tensor) -> Tensor:
         """Take one optimiser step on pairs (m, b, d); returns the loss before it, mean over segments, 0-dim."""
@@ -102,18 +125,19 @@ class Trainer:
         for optimiser in self._optimisers:
             optimiser.zero_grad(set_to_none=True)
         (losses.mean() if self.student.shared else losses.sum()).backward()
-        for optimiser, weights in zip(self._optimisers, self._weights, strict=True):
+        for weights in self._weights:
             nn.utils.clip_grad_norm_(weights, self.recipe.clip_norm, foreach=True)
+        for optimiser in self._optimisers:
             optimiser.param_groups[0]["lr"] = rate
             optimiser.step()
         self.done += 1
         return losses.detach().mean()
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Leave everything that later steps depend on in one file at `path`: weights, AdamW's moments, step."""
+        """Leave everything that later steps depend on in one file at `path`: weights, optimisers' moments, step."""
         tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
-        for name, weight, state in self._states():
-            tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in _MOMENTS}
+        for name, weight, state, moments in self._states():
+            tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in moments}
         write_tensors(path, tensors, {**_FORMAT, "step": self.done, "settings": dict(settings)})
 
     def read(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -137,17 +161,29 @@ class Trainer:
         prefix = "student."
         weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.student.load_state_dict(weights)
-        for name, weight, state in self._states():
+        for name, weight, state, moments in self._states():
             state["step"] = torch.tensor(float(step), device=weight.device)
-            for moment in _MOMENTS:
+            for moment in moments:
                 state[moment] = torch.empty_like(weight).copy_(tensors[f"{moment}.{name}"])
         self.done = step
 
-    def _states(self) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Name, weight and optimiser state of every parameter."""
+    def _states(self) -> list[tuple[str, Tensor, dict[str, Tensor], tuple[str, ...]]]:
+        """Name, weight, optimiser state and the names of its moments, of every parameter."""
         names = {id(weight): name for name, weight in self.student.named_parameters()}
         return [
-            (names[id(weight)], weight.detach(), optimiser.state[weight])
-            for optimiser, weights in zip(self._optimisers, self._weights, strict=True)
-            for weight in weights
+            (names[id(weight)], weight.detach(), optimiser.state[weight], _MOMENTS[type(optimiser)])
+            for optimiser in self._optimisers
+            for weight in optimiser.param_groups[0]["params"]
         ]
+
+
+def _optimisers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights of an `MLP`, or for those that Muon does not take."""
+    weights = dict(network.named_parameters())
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    found: list[torch.optim.Optimizer] = []
+    hidden = [f"layers.{i}.weight" for i in range(1, recipe.depth)] if recipe.optimiser == "muon" else []
+    if hidden:
+        matrices = [weights.pop(name) for name in hidden]
+        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return [*found, torch.optim.AdamW(weights.values(), lr=rate, weight_decay=decay, fused=True)]

@@ -65,7 +65,7 @@ def same(one: FlowStudent, other: FlowStudent) -> bool:
 
 @pytest.mark.parametrize("steps", [2, 10, 40, 1000])
 def test_one_cycle_is_torchs(steps):
-    recipe = replace(SMALL, steps=steps, learning_rate=3e-3)
+    recipe = replace(SMALL, steps=steps, learning_rate=3e-3, schedule="one-cycle")
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     torchs = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps, cycle_momentum=False)
     for step in range(steps):
@@ -75,6 +75,14 @@ def test_one_cycle_is_torchs(steps):
         expected = optimiser.param_groups[0]["lr"]
         assert recipe.learning_rate_at(step) == pytest.approx(expected, rel=1e-9, abs=1e-15), step
     assert replace(recipe, schedule="constant").learning_rate_at(steps - 1) == 3e-3
+
+
+def test_linear_schedule_rises_over_a_twentieth_and_falls_to_zero():
+    recipe = replace(SMALL, steps=200, learning_rate=3e-3, schedule="linear")
+    rates = [recipe.learning_rate_at(step) / 3e-3 for step in range(200)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[9:] == pytest.approx([1 - step / 191 for step in range(191)])
+    assert replace(recipe, steps=1).learning_rate_at(0) == 3e-3
 
 
 def test_seed_decides_the_bits_and_the_global_generator_stays(tmp_path):
@@ -92,10 +100,10 @@ def test_seed_decides_the_bits_and_the_global_generator_stays(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "optimiser"), [(False, "adamw"), (True, "adamw"), (False, "muon")])
 @pytest.mark.parametrize("stop", [1, 13, 39])
-def test_interrupted_training_ends_with_the_same_bits(tmp_path, stop, shared):
-    recipe, file = replace(SMALL, shared=shared), tmp_path / "deep" / "state"
+def test_interrupted_training_ends_with_the_same_bits(tmp_path, stop, shared, optimiser):
+    recipe, file = replace(SMALL, shared=shared, optimiser=optimiser), tmp_path / "deep" / "state"
     seen: list[Progress] = []
 
     def interrupt(now: Progress) -> None:
@@ -199,6 +207,26 @@ def test_separate_networks_do_not_hear_of_each_other():
     assert any(not torch.equal(second[0][name], second[1][name]) for name in second[0])
 
 
+def test_muon_moves_the_matrices_between_hidden_layers_alone():
+    """Its step is a matrix whose singular values are nearly equal, as large as AdamW's: 0.2 of the rate per entry."""
+    table = SegmentTable(r=(0.01, 2.0), s=(1.0, 0.5))
+    x = torch.randn(1, 64, 3, generator=torch.Generator().manual_seed(0))
+    recipe = replace(SMALL, width=32, depth=3, weight_decay=0.0, schedule="constant", learning_rate=1e-2)
+    moves = []
+    for optimiser in ("adamw", "muon"):
+        student = FlowStudent(3, table, width=32, depth=3)
+        before = [weight.detach().clone() for weight in student.parameters()]
+        Trainer(student, replace(recipe, optimiser=optimiser)).step(x, 50 * x.flip(-1))
+        moves.append([now.detach() - old for now, old in zip(student.parameters(), before, strict=True)])
+    adamw, muon = moves
+    hidden = [2, 4]  # of weight, bias, weight, bias, ...
+    assert all(torch.equal(a, b) == (i not in hidden) for i, (a, b) in enumerate(zip(adamw, muon, strict=True)))
+    for i in hidden:
+        sizes = torch.linalg.svdvals(muon[i])
+        kept = sizes[: int((sizes > 1e-3 * sizes[0]).sum())]
+        assert float(kept.median()) == pytest.approx(1e-2 * 0.2 * 32**0.5, rel=0.5)  # 1 +- 0.5 by five iterations
+
+
 def test_the_gradient_norm_is_clipped():
     table = SegmentTable(r=(0.01, 2.0), s=(1.0, 0.5))
     student = FlowStudent(3, table, width=8, depth=2)
@@ -279,13 +307,36 @@ def test_a_single_component_needs_no_training():
     assert evaluate(student, path_of(one, TIMES, 50, 0)).composed < 1e-12
 
 
+def test_reduced_students_work_where_the_means_differ(tmp_path):
+    gm = GaussianMixture(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), 0.5, [0.3, 0.4, 0.3, 0.0])
+    student, full = (
+        distill(gm, PROCESS, TIMES, recipe=replace(SMALL, steps=20, reduced=r), backend="reference", checkpoint=file)
+        for r, file in ((True, tmp_path / "state"), (False, None))
+    )
+    live = gm.means[:3].double()
+    center = gm.weights[:3].double() @ live / gm.weights[:3].double().sum()
+    assert student.axes.shape == (6, 2) and full.axes is None  # three means span a plane
+    torch.testing.assert_close((live - center) @ student.axes.double() @ student.axes.double().mT, live - center)
+    spread = float(gm.weights[:3].double() @ (live - center).square().sum(1))
+    assert student.scale == pytest.approx((spread / 2) ** 0.5, rel=1e-6)
+    assert full.scale == pytest.approx((spread / 6) ** 0.5, rel=1e-6)
+    resumed = distill(
+        gm, PROCESS, TIMES, recipe=replace(SMALL, steps=20), backend="reference", checkpoint=tmp_path / "state"
+    )
+    assert same(resumed, student)
+    x = path_of(gm, TIMES, 50, 0)
+    across = torch.eye(6) - student.axes @ student.axes.mT
+    wrong = (student(x[0]) - x[-1]) @ across  # exact there, after 20 steps
+    assert float(wrong.detach().norm() / x[-1].norm()) < 1e-5  # of the reference's 30 steps and float32
+
+
 def test_float64_and_numbers_handed_to_the_student():
     gm = GaussianMixture(mixture().means.double(), 0.5, [0.5, 0.5, 0.0])
     student = distill(gm, PROCESS, TIMES, recipe=replace(SMALL, steps=2), backend="reference")
     assert student.center.dtype == torch.float64
     torch.testing.assert_close(student.center, gm.means[:2].mean(0))
     live = gm.means[:2] - gm.means[:2].mean(0)
-    assert student.scale == pytest.approx(float(live.square().mean().sqrt()))
+    assert student.scale == pytest.approx(float(live.square().sum(1).mean().sqrt()))  # along one axis
     assert student.segments.r[-1] == pytest.approx(2.0)
     assert not student.training
 
@@ -321,7 +372,13 @@ def test_evaluation_is_relative_error_composed_and_local():
         (lambda: Recipe(batch_size=1.5), TypeError, "batch_size must be an int; got float"),
         (lambda: Recipe(width=0), ValueError, "width must be at least 1"),
         (lambda: Recipe(activation="tanh"), ValueError, "activation must be one of relu, relu-requ; got 'tanh'"),
-        (lambda: Recipe(schedule="cosine"), ValueError, "schedule must be one of one-cycle, constant; got 'cosine'"),
+        (
+            lambda: Recipe(schedule="cosine"),
+            ValueError,
+            "must be one of one-cycle, linear, constant; got 'cosine'",
+        ),
+        (lambda: Recipe(optimiser="sgd"), ValueError, "optimiser must be one of adamw, muon; got 'sgd'"),
+        (lambda: Recipe.fresh(speed=1), TypeError, "speed"),
         (lambda: Recipe(shared=1), TypeError, "shared must be True or False; got 1"),
         (lambda: Recipe(learning_rate=0.0), ValueError, "learning_rate must be finite and above 0; got 0.0"),
         (lambda: Recipe(learning_rate="fast"), TypeError, "learning_rate must be a number; got 'fast'"),

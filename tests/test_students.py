@@ -174,6 +174,38 @@ def test_preconditioned_segment_is_the_stated_formula():
     torch.testing.assert_close(model.segment(i, x), s_to * (y + (r_to - r_from) * average), rtol=1e-12, atol=1e-12)
 
 
+def _axes(dim: int = 3, count: int = 2) -> torch.Tensor:
+    square = torch.randn(dim, dim, generator=generator(5), dtype=torch.float64)
+    return torch.linalg.qr(square).Q[:, :count]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_along_axes_a_student_is_one_of_fewer_dimensions_and_across_them_exact(shared):
+    """The points' coordinates along the axes go through the small student, those across change their scale only."""
+    axes, center = _axes(), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    more = {"shared": shared, "dtype": torch.float64}
+    model = student(center=center, axes=axes, **more)
+    small = FlowStudent(2, TABLE, width=8, depth=2, center=axes.mT @ center, scale=0.7, seed=3, **more)
+    x = torch.randn(5, 3, generator=generator(), dtype=torch.float64)
+    across = torch.eye(3, dtype=torch.float64) - axes @ axes.mT
+    for i in range(3):
+        (r_from, r_to), (s_from, s_to) = TABLE.r[i : i + 2], TABLE.s[i : i + 2]
+        kept = s_to * (x / s_from + (r_to - r_from) * center) @ across
+        expected = small.segment(i, x @ axes) @ axes.mT + kept
+        torch.testing.assert_close(model.segment(i, x), expected, rtol=1e-12, atol=1e-12)
+    y = torch.stack([model.segment(i, x) for i in range(3)]).detach()
+    assert float(model.losses(x.expand(3, 5, 3), y).detach().max()) < 1e-24
+
+
+def test_axes_come_back_from_a_file_and_serve_preconditioned_students_only(tmp_path):
+    model = student(axes=_axes())
+    model.save(tmp_path)
+    again = FlowStudent.load(tmp_path)
+    x = torch.randn(5, 3, generator=generator())
+    assert again.axes.shape == (3, 2) and torch.equal(model(x), again(x))
+    assert student(axes=_axes(), preconditioned=False).axes is None
+
+
 @pytest.mark.parametrize(("dtype", "offset", "bound"), [(torch.float64, 1.0, 1e-14), (torch.float32, 1e4, 1e-6)])
 def test_a_single_component_is_exact_whatever_the_network(dtype, offset, bound):
     mean = offset + torch.arange(4, dtype=dtype)
@@ -324,6 +356,9 @@ def test_files_in_the_wrong_place(tmp_path):
         (lambda: SegmentTable(r=(2.0, 1.0), s=(1.0, 1.0)), ValueError, "r must increase from noise to data"),
         (lambda: student(center=[0.0]), ValueError, "center must hold 3 finite numbers"),
         (lambda: student(scale=-1.0), ValueError, "scale must be finite and at least 0"),
+        (lambda: student(axes=torch.eye(2)), ValueError, r"axes must have shape \(3, 1 to 3\); got \(2, 2\)"),
+        (lambda: student(axes=torch.ones(3, 1)), ValueError, "axes must be orthonormal columns; .* off by 2.0e"),
+        (lambda: student(axes=_axes() * math.nan), ValueError, "axes must be orthonormal columns"),
         (lambda: student(seed=-1), ValueError, "seed must be at least 0"),
         (lambda: student(seed=1.5), TypeError, "seed must be an int"),
         (lambda: student(dtype=torch.float16), TypeError, "dtype must be torch.float32 or torch.float64"),

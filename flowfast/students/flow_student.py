@@ -14,6 +14,8 @@ from flowfast.seeds import as_seed, generator_for
 from flowfast.students import student_files
 from flowfast.students.mlp import MLP, Activation, check_size
 
+_ORTHONORMAL = 1e-5  # entries of axes^T axes - 1; a float32 file leaves about 1e-7
+
 
 @dataclass(frozen=True)
 class SegmentTable:
@@ -54,7 +56,8 @@ class FlowStudent(nn.Module):
     A preconditioned segment is `s_to (x/s_from + (r_to - r_from) F(x/s_from))`: in the coordinates y = x/s the flow is
     `dy/dr =` an average of the means, so F has to learn only such an average. F itself is `center + scale * network`,
     and the network sees points centred and scaled to unit size; with scale = 0 (a single component) the map is exact.
-    A plain segment is the network.
+    With axes, the network sees and moves points along these directions only: the flow neither depends on y across the
+    span of the means' differences nor moves it there. A plain segment is the network.
 
     Args:
         dim: d.
@@ -63,7 +66,8 @@ class FlowStudent(nn.Module):
         preconditioned: see above.
         shared: one network for all segments, with (log r_from, log r_to) as two more inputs; else one per segment.
         center: (d,), mean of the data's means; None is zero. Used when preconditioned.
-        scale: root mean square distance of the means' coordinates from center, >= 0. Used when preconditioned.
+        scale: root mean square of the means' coordinates (along the axes) about center, >= 0. Used when preconditioned.
+        axes: (d, a) orthonormal columns, a >= 1; None is all coordinates. Used when preconditioned.
         seed: of the initial weights, >= 0; one seed gives one set of bits.
         dtype: of weights and computation, torch.float32 or torch.float64.
 
@@ -74,6 +78,7 @@ class FlowStudent(nn.Module):
     """
 
     center: Tensor
+    axes: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class FlowStudent(nn.Module):
         shared: bool = True,
         center: Sequence[float] | Tensor | None = None,
         scale: float = 1.0,
+        axes: Tensor | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -103,10 +109,12 @@ class FlowStudent(nn.Module):
         self.width, self.depth, self.activation = width, depth, activation
         self.preconditioned, self.shared, self.seed = bool(preconditioned), bool(shared), as_seed(seed)
         self.register_buffer("center", middle)
+        self.register_buffer("axes", _directions(axes, dim) if self.preconditioned else None)
+        inner = dim if self.axes is None else self.axes.shape[1]
         self.networks = nn.ModuleList(
             MLP(
-                dim + 2 * self.shared,
-                dim,
+                inner + 2 * self.shared,
+                inner,
                 width=width,
                 depth=depth,
                 activation=activation,
@@ -142,7 +150,8 @@ class FlowStudent(nn.Module):
         out: Tensor = self._network(i)(self._inputs(i, z))
         if self.preconditioned:
             table, step = self.segments, self.segments.r[i + 1] - self.segments.r[i]
-            y = self._centred(i, z) + (step * self.scale) * out
+            change = out if self.axes is None else out @ self.axes.mT
+            y = self._centred(i, z) + (step * self.scale) * change
             out = table.s[i + 1] * y + (table.s[i + 1] * table.r[i + 1]) * self.center
         return out.to(x.dtype)
 
@@ -215,7 +224,8 @@ class FlowStudent(nn.Module):
         config, weights = student_files.read(Path(folder))
         try:
             table = SegmentTable(**config["segments"])
-            student = cls(**{**config, "segments": table, "dtype": weights["center"].dtype})
+            axes, dtype = weights.get("axes"), weights["center"].dtype
+            student = cls(**{**config, "segments": table, "axes": axes, "dtype": dtype})
             student.load_state_dict(weights)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"student: {folder} holds no student that this version can build ({error})") from error
@@ -231,7 +241,7 @@ class FlowStudent(nn.Module):
 
     def _inputs(self, i: int, x: Tensor) -> Tensor:
         if self.preconditioned:  # a point at SNR root r is r times a mean plus unit noise
-            x = self._centred(i, x) / math.hypot(1.0, self.segments.r[i] * self.scale)
+            x = self._along(self._centred(i, x)) / math.hypot(1.0, self.segments.r[i] * self.scale)
         if not self.shared:
             return x
         levels = x.new_tensor(self._levels[i : i + 2]).expand(*x.shape[:-1], 2)
@@ -242,7 +252,11 @@ class FlowStudent(nn.Module):
         if not self.preconditioned:
             return x_to
         step = self.segments.r[i + 1] - self.segments.r[i]
-        return (self._centred(i + 1, x_to) - self._centred(i, x_from)) / (step * (self.scale or 1.0))
+        return self._along(self._centred(i + 1, x_to) - self._centred(i, x_from)) / (step * (self.scale or 1.0))
+
+    def _along(self, y: Tensor) -> Tensor:
+        """Coordinates (..., a) along the axes of y (..., d)."""
+        return y if self.axes is None else y @ self.axes
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -251,6 +265,19 @@ class FlowStudent(nn.Module):
             raise ValueError(f"x must have shape (..., {self.dim}); got {tuple(x.shape)}")
         if x.device != self.center.device:
             raise ValueError(f"x is on {x.device}, the student on {self.center.device}: move one of them with .to(...)")
+
+
+def _directions(axes: Tensor | None, dim: int) -> Tensor | None:
+    """The axes in float64, when they are orthonormal columns or None."""
+    if axes is None:
+        return None
+    columns = torch.as_tensor(axes).detach().double().clone()
+    if columns.ndim != 2 or columns.shape[0] != dim or not 1 <= columns.shape[1] <= dim:
+        raise ValueError(f"axes must have shape ({dim}, 1 to {dim}); got {tuple(columns.shape)}")
+    error = (columns.mT @ columns - torch.eye(columns.shape[1]).to(columns)).abs().max()
+    if not error < _ORTHONORMAL:  # also when it is not a number
+        raise ValueError(f"axes must be orthonormal columns; their products are off by {float(error):.1e}")
+    return columns
 
 
 def _standardise(values: list[float]) -> list[float]:

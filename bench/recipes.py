@@ -1,0 +1,168 @@
+"""`python -m bench.recipes`: what each ingredient of a student's training is worth, on the problem of Table 5.
+
+Students of the exact flow over [0, 1] (k = 20, d = 64, std = 1), MLPs of width 512 with 4 hidden layers, 1,024 fresh
+teacher pairs per optimiser step in all: a shared network on n segments splits them, separate networks split the steps.
+Errors are composed relative squared errors on 50,000 fresh points. Appends a line per run to
+`bench/results/recipes-cpu.jsonl`; runs that stand there are not repeated. One process, one thread. With `--table` it
+prints what stands there as the tables of docs/students.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.__main__ import processor
+from flowfast import Evaluation, FlowStudent, GaussianMixture, OUProcess, Recipe, distill, evaluate, flow_map, time_grid
+from flowfast.experiments.machine import machine, versions
+from flowfast.grids import GridKind
+
+PAIRS = 1_024  # per optimiser step, all segments of a shared network together
+POINTS = 50_000  # of the evaluation
+STEPS = {"ingredients": 1_200, "paper": 10_000, "best": 10_000}  # in all
+
+PAPER = Recipe(
+    preconditioned=False, shared=False, learning_rate=2e-4, schedule="constant", weight_decay=0.0, batch_size=PAIRS
+)
+BEST = Recipe.fresh()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One student: a recipe whose steps and batch are set by `run`, on n segments of a grid."""
+
+    recipe: Recipe
+    segments: int = 1
+    grid: GridKind = "uniform"
+
+
+TRIALS: Mapping[str, Mapping[str, Trial]] = {
+    "ingredients": {
+        "none": Trial(BEST),
+        "not preconditioned": Trial(replace(BEST, preconditioned=False)),
+        "all coordinates": Trial(replace(BEST, reduced=False)),
+        "peak 2e-3": Trial(replace(BEST, learning_rate=2e-3)),
+        "peak 4e-3": Trial(replace(BEST, learning_rate=4e-3)),
+        "one-cycle schedule": Trial(replace(BEST, schedule="one-cycle")),
+        "constant rate": Trial(replace(BEST, schedule="constant")),
+        "weight decay 0.1": Trial(replace(BEST, weight_decay=0.1)),
+        "gradients clipped at 0.25": Trial(replace(BEST, clip_norm=0.25)),
+        "Muon": Trial(replace(BEST, optimiser="muon")),
+        "the paper's student": Trial(PAPER),
+        "n = 4": Trial(BEST, 4),
+        "n = 4, measured grid": Trial(BEST, 4, "measured"),
+        "n = 4, a network per segment": Trial(replace(BEST, shared=False), 4),
+    },
+    "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
+    "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
+    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
+}
+
+
+def main() -> None:
+    """Train what is not yet in the file, a line each."""
+    parser = argparse.ArgumentParser(prog="python -m bench.recipes", description=__doc__)
+    parser.add_argument("sets", nargs="*", default=list(TRIALS), help=f"of {', '.join(TRIALS)}; none is all")
+    parser.add_argument("--only", nargs="+", help="names within the sets, such as 'n = 1'")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all; none is the set's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/recipes-cpu.jsonl"))
+    options = parser.parse_args()
+    unknown = sorted(set(options.sets) - set(TRIALS))
+    if unknown:
+        parser.error(f"sets must be of {', '.join(TRIALS)}; got {', '.join(unknown)}")
+    if options.table:
+        print(tables(rows_of(options.out)))
+        return
+    torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"processor": processor(), **machine(), "versions": versions()}
+    for group in options.sets:
+        for name, trial in TRIALS[group].items():
+            if options.only and name not in options.only:
+                continue
+            settings = settings_of(group, name, trial, options.steps or STEPS[group], options.seed)
+            if any(settings.items() <= row.items() for row in rows_of(options.out)):
+                continue
+            found = run(trial, settings["steps"], options.seed)
+            with options.out.open("a") as file:
+                file.write(json.dumps({**settings, **found, **about}) + "\n")
+            print(f"{group}, {name}: {found['composed']:.5f} in {found['seconds']} s", flush=True)
+
+
+def settings_of(group: str, name: str, trial: Trial, steps: int, seed: int) -> dict[str, Any]:
+    """Everything that decides the numbers of a run, as plain values, under its names."""
+    return {
+        "set": group, "name": name, "segments": trial.segments, "grid": trial.grid, "steps": steps, "seed": seed,
+        "recipe": asdict(sized(trial, steps)),
+    }  # fmt: skip
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The runs that stand in the file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The runs as two tables in Markdown: students at the full number of steps, and ingredients at fewer."""
+    students = [row for row in rows if row["set"] in ("best", "paper")]
+    lines = [
+        "| n | student | grid | steps | seed | composed error | processor seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(students, key=lambda row: (row["segments"], row["set"])):
+        who = "the paper's" if row["set"] == "paper" else "the recipe"
+        if row["recipe"]["optimiser"] == "muon":
+            who += ", Muon"
+        lines.append(
+            f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
+            f"{row['seconds']:.0f} |"
+        )
+    lines += ["", "| change to the recipe | steps | seed | composed error |", "|---" * 4 + "|"]
+    for row in sorted((row for row in rows if row["set"] == "ingredients"), key=lambda row: row["composed"]):
+        lines.append(f"| {row['name']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} |")
+    return "\n".join(lines)
+
+
+def sized(trial: Trial, steps: int) -> Recipe:
+    """The trial's recipe at PAIRS pairs per step and `steps` steps in all."""
+    n = trial.segments
+    if trial.recipe.shared:
+        return replace(trial.recipe, steps=steps, batch_size=PAIRS // n)
+    return replace(trial.recipe, steps=steps // n, batch_size=PAIRS)
+
+
+def run(trial: Trial, steps: int, seed: int) -> dict[str, Any]:
+    """Train and measure: errors, processor and wall seconds of the training."""
+    mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0), OUProcess(5.0)
+    times = time_grid(mixture, process, trial.segments, kind=trial.grid)
+    wall, begin = time.perf_counter(), time.process_time()
+    student = distill(mixture, process, times, recipe=sized(trial, steps), seed=seed)
+    seconds, wall = time.process_time() - begin, time.perf_counter() - wall
+    found = measured(student, mixture, process, times, POINTS)
+    errors = {"composed": found.composed, "each": found.segments, "along": found.along}
+    return {"times": times.tolist(), **errors, "seconds": round(seconds, 1), "wall": round(wall, 1)}
+
+
+def measured(
+    student: FlowStudent, mixture: GaussianMixture, process: OUProcess, times: Tensor, points: int
+) -> Evaluation:
+    """Errors of the student along exact trajectories from fresh noise."""
+    generator = torch.Generator().manual_seed(1_000_003)  # far from the seeds of the trainings
+    path = [process.marginal(mixture, float(times[0])).sample(points, generator=generator)]
+    for t_from, t_to in zip(times.tolist(), times.tolist()[1:], strict=False):
+        path.append(flow_map(path[-1], mixture, process, t_from, t_to))
+    return evaluate(student, torch.stack(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The benchmark of recipes: equal budgets, lines that are not made twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import recipes
+from flowfast import Recipe
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
+def test_every_student_gets_the_same_number_of_pairs(segments, shared):
+    recipe = recipes.sized(recipes.Trial(Recipe(shared=shared), segments), 10_000)
+    updates = recipe.steps * (1 if shared else segments)  # each of them with its own loss and optimiser step
+    pairs = recipe.batch_size * (segments if shared else 1)
+    assert (updates, pairs) == (10_000, 1_024)
+
+
+def test_the_papers_student_is_as_published():
+    trial = recipes.TRIALS["paper"]["n = 4"]
+    kept = (trial.segments, trial.grid, trial.recipe.preconditioned, trial.recipe.shared, trial.recipe.activation)
+    assert kept == (4, "balanced", False, False, "relu")
+    rates = {trial.recipe.learning_rate_at(step) for step in (0, 1_000, 1_999)}
+    assert (rates, trial.recipe.weight_decay, trial.recipe.clip_norm) == ({2e-4}, 0.0, 1.0)
+    assert (trial.recipe.width, trial.recipe.depth) == (512, 4)
+
+
+def test_a_run_stands_in_the_file_once(tmp_path, monkeypatch, capsys):
+    small = replace(Recipe.fresh(), width=8, depth=1)
+    trials = {"n = 1": recipes.Trial(small), "n = 2": recipes.Trial(small, 2)}
+    monkeypatch.setattr(recipes, "TRIALS", {"best": trials})
+    monkeypatch.setattr(recipes, "PAIRS", 8)
+    monkeypatch.setattr(recipes, "POINTS", 200)
+    file = tmp_path / "new" / "recipes.jsonl"
+    call = ["recipes", "best", "--steps", "4", "--out", str(file)]
+    monkeypatch.setattr("sys.argv", [*call, "--only", "n = 2"])
+    recipes.main()
+    monkeypatch.setattr("sys.argv", call)
+    recipes.main()
+    recipes.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["n = 2", "n = 1"]
+    assert [len(row["each"]) for row in rows] == [2, 1]
+    assert all(0 < row["composed"] < 10 and row["composed"] == row["along"][-1] for row in rows)
+    assert rows[0]["recipe"]["batch_size"] == 4 and rows[0]["seconds"] >= 0
+    again = recipes.run(trials["n = 2"], 4, 0)
+    assert again["composed"] == rows[0]["composed"]  # a seed gives one set of bits
+    assert capsys.readouterr().out.count("best, n = ") == 2
+    monkeypatch.setattr("sys.argv", [*call, "--table"])
+    recipes.main()
+    assert f"| 2 | the recipe | uniform | 4 | 0 | {again['composed']:.4f} |" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_stands_in_the_file():
+    root = Path(__file__).parents[1]
+    rows = recipes.rows_of(root / "bench" / "results" / "recipes-cpu.jsonl")
+    assert rows and recipes.tables(rows) in (root / "docs" / "students.md").read_text()
