@@ -11,6 +11,9 @@ import pytest
 if os.environ.get("FLOWFAST_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Threads of torch that spin while they wait make a test minutes long where another program wants the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Let pyproject's `timeout` be known, and without effect, where pytest-timeout is not there."""
