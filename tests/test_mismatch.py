@@ -40,6 +40,7 @@ from flowfast.theory.tail_students import tail_students
 PROCESS = OUProcess(5.0)
 SCHEDULES = {"constant": PROCESS, "linear": OUProcess(([0.0, 1.0], [0.1, 10.0]))}
 PAPER = GaussianMixture.random(20, 64)
+LOOSE = 1e-6  # rtol of the searches over many mixtures; ten thousand steps of it are a hundredth in the exponent
 
 
 def _pair(distance: float, std: float) -> GaussianMixture:
@@ -66,18 +67,24 @@ def test_amplification_never_exceeds_the_signed_bound_nor_that_the_papers(
     mixture, late, early, generator = flow
     marginal, means = PROCESS.marginal(mixture, late), PROCESS.marginal(mixture, late).means
     x = marginal.sample(6, generator=generator)
-    if mixture.diameter() < 10 * mixture.std:  # on a boundary the number of steps grows with the exponent
+    if mixture.diameter() < 6 * mixture.std:  # on a boundary the number of steps grows with the exponent
         x = torch.cat([x, (means[:1] + means) / 2, means.mean(0, keepdim=True)])
-    rtol = 1e-7
-    measured = flow_amplification(x, mixture, PROCESS, late, early, log=True, rtol=rtol)
+    measured = flow_amplification(x, mixture, PROCESS, late, early, log=True, rtol=LOOSE)
     signed = signed_stability(mixture, PROCESS, late) - signed_stability(mixture, PROCESS, early)
     paper = cumulative_stability(mixture, PROCESS, late) - cumulative_stability(mixture, PROCESS, early)
     rounding = 1e-14 * float(cumulative_stability(mixture, PROCESS, late))
-    assert float(measured.max()) <= float(signed) + rtol * MOST_STEPS + rounding  # every step may err by rtol
+    assert float(measured.max()) <= float(signed) + LOOSE * MOST_STEPS + rounding  # every step may err by rtol
     assert float(signed) <= float(paper) + rounding
-    back = flow_amplification(x, mixture, PROCESS, early, late, log=True, rtol=rtol)  # towards noise y never expands
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(flow=flows())
+def test_towards_noise_nothing_expands_in_y(flow: tuple[GaussianMixture, float, float, torch.Generator]) -> None:
+    mixture, late, early, generator = flow
+    x = PROCESS.marginal(mixture, early).sample(6, generator=generator)
+    back = flow_amplification(x, mixture, PROCESS, early, late, log=True, rtol=LOOSE)
     shrink = float(PROCESS.std(late, mixture.std).log() - PROCESS.std(early, mixture.std).log())
-    assert float(back.max()) <= shrink + rtol * MOST_STEPS
+    assert float(back.max()) <= shrink + LOOSE * MOST_STEPS
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
