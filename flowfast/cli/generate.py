@@ -29,7 +29,7 @@ from flowfast.rank import Rank
 from flowfast.report.numbers import seconds
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal to draw a bar on
-_TRIAL_SECONDS, _TRIAL_ROWS = 0.5, 1_024  # of --dry-run
+_TRIAL_SECONDS, _TRIAL_ROWS, _TRIAL_MOST = 0.5, 1_024, 2**20  # of --dry-run: long enough, first and last number of rows
 
 
 def planned(command: Generate, mixture: GaussianMixture) -> Plan:
@@ -104,13 +104,13 @@ def _workers(plan: Plan, rank: Rank) -> int:
 
 
 def _estimate(store: Store, plan: Plan, mixture: GaussianMixture, workers: int) -> dict[str, Any]:
-    """Missing shards, free space and minutes, from a trial of half a second on one thread; nothing is written."""
+    """Missing shards, free space and minutes, from a trial of about half a second on one thread; nothing is written."""
     missing = missing_shards(store, plan).count(1) if check_claim(store, plan) else plan.n_shards
     mixture, threads, rows, taken = mixture.to(DTYPES[plan.dtype]), torch.get_num_threads(), _TRIAL_ROWS, 0.0
     torch.set_num_threads(1)
     try:
-        while taken < _TRIAL_SECONDS:
-            rows = min(2 * rows, 2**20)
+        while taken < _TRIAL_SECONDS and rows < _TRIAL_MOST:
+            rows *= 2
             begin = time.perf_counter()
             make_rows(dataclasses.replace(plan, rows=rows, rows_per_shard=rows), mixture, 0)
             taken = time.perf_counter() - begin
