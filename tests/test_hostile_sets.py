@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import stat
 import subprocess
@@ -30,11 +29,7 @@ GIBIBYTE = 2**30
 Harm = Callable[[Path], None]
 
 
-class Evil:
-    """Runs a command where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch unpickled",)
+EVIL = b"cposix\nsystem\n(S'touch unpickled'\ntR."  # whoever unpickles these bytes runs the command
 
 
 def raw(name: str, content: bytes) -> Harm:
@@ -125,7 +120,7 @@ PLANS: dict[str, Harm] = {
     "deep lists": raw(PLAN, DEEP),
     "deep objects": raw(PLAN, NESTED),
     "many names, one twice": raw(PLAN, MANY),
-    "a pickle": raw(PLAN, pickle.dumps(Evil())),
+    "a pickle": raw(PLAN, EVIL),
     "a gibibyte": sparse(PLAN),
     "300 KiB of blanks": raw(PLAN, b" " * 300_000 + b"{}"),
     "a field twice": text(PLAN, '"rows": 10,', '"rows": 10, "rows": 11,'),
@@ -191,7 +186,7 @@ PLANS: dict[str, Harm] = {
     "plan a device": lambda folder: (folder / PLAN).unlink() or (folder / PLAN).symlink_to("/dev/zero"),
     "mixture a link": outside("mixture.safetensors"),
     "mixture a pipe": fifo("mixture.safetensors"),
-    "mixture a pickle": raw("mixture.safetensors", pickle.dumps(Evil())),
+    "mixture a pickle": raw("mixture.safetensors", EVIL),
     "shards a link": outside("shards"),
     "receipts a link": outside("receipts"),
 }
@@ -213,13 +208,13 @@ RECEIPTS: dict[str, Harm] = {
     "receipt with a list": fields(RECEIPT, sha256=["0"] * 64),
     "receipt deep": raw(RECEIPT, DEEP[:4_000]),
     "receipt a gibibyte": sparse(RECEIPT),
-    "receipt a pickle": raw(RECEIPT, pickle.dumps(Evil())),
+    "receipt a pickle": raw(RECEIPT, EVIL),
     "receipt a link": outside(RECEIPT),
     "receipt a pipe": fifo(RECEIPT),
     "receipt a folder": directory(RECEIPT),
     "shard a link": outside(shard_name(1)),
     "shard a pipe": fifo(shard_name(1)),
-    "shard a pickle": raw(shard_name(1), pickle.dumps(Evil())),
+    "shard a pickle": raw(shard_name(1), EVIL),
     "shard a gibibyte": sparse(shard_name(1)),
     "header of 2^63 bytes": lambda f: (f / shard_name(1)).write_bytes(
         (2**63).to_bytes(8, "little") + (f / shard_name(1)).read_bytes()[8:]
@@ -242,7 +237,7 @@ MANIFESTS: dict[str, Harm] = {
     "manifest deep": raw(MANIFEST, DEEP),
     "manifest with a huge number": raw(MANIFEST, b'{"plan": ' + HUGE.encode() + b"}"),
     "manifest of another version": raw(MANIFEST, b'{"version": 9}'),
-    "manifest a pickle": raw(MANIFEST, pickle.dumps(Evil())),
+    "manifest a pickle": raw(MANIFEST, EVIL),
     "manifest a gibibyte": sparse(MANIFEST),
     "manifest a link": outside(MANIFEST),
     "manifest a pipe": fifo(MANIFEST),
