@@ -66,7 +66,9 @@ def test_plain_arrays_load_with_a_std(tmp_path: Path) -> None:
 
 
 def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with (tmp_path / "objects.npy").open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+        stream.write(b"(lp0\n(dp1\na.")  # a list that holds a dictionary, as np.load would unpickle it
     with pytest.raises(ValueError, match="cannot be read"):
         GaussianMixture.load(tmp_path / "objects.npy", std=1.0)
 
