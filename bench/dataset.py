@@ -30,8 +30,9 @@ from bench.__main__ import processor
 from flowfast import GaussianMixture, OUProcess, TeacherDataset, flow_map, time_grid
 from flowfast.dataset.generate import carry_out, make_plan
 from flowfast.dataset.plan import Plan
-from flowfast.dataset.shards import make_rows, row_bytes, write_shard
+from flowfast.dataset.shards import make_shard, row_bytes, shard_memory, write_shard
 from flowfast.dataset.store import LocalStore
+from flowfast.dataset.uncached import new_uncached_file
 from flowfast.experiments.machine import machine, versions
 from flowfast.sampling import sample_rows
 
@@ -108,17 +109,18 @@ def _processor_times(plan: Plan, mixture: GaussianMixture, file: Path, rounds: i
     """Least processor microseconds per row, on one thread, of what is done for a shard."""
     threads, n = torch.get_num_threads(), plan.rows_of(0)
     torch.set_num_threads(1)
-    points = torch.empty(2, n, DIM)
-    tensors = make_rows(plan, mixture, 0, points=points)
+    memory = shard_memory(plan, DIM)
+    content = make_shard(plan, mixture, 0, memory=memory).content
     t_from, t_to, x = _starts(plan, mixture)
 
     def write() -> None:
-        with file.open("wb") as stream:
-            write_shard(stream, plan, 0, tensors)
+        with new_uncached_file(file) as stream:
+            write_shard(stream, content)
+        file.unlink()
 
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "the flow alone": (FLOW_ROWS, lambda: flow_map(x, mixture, PROCESS, t_from, t_to)),
-        "starting points and flow": (n, lambda: make_rows(plan, mixture, 0, points=points)),
+        "starting points and flow": (n, lambda: make_shard(plan, mixture, 0, memory=memory)),
         "hash and write": (n, write),
     }
     least = dict.fromkeys(work, float("inf"))

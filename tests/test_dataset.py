@@ -25,7 +25,7 @@ from flowfast.dataset.generate import ShardsFailed, carry_out, make_plan
 from flowfast.dataset.maker import Maker
 from flowfast.dataset.plan import Plan, RandomTimes
 from flowfast.dataset.receipts import Receipt, missing_shards, receipt_name, write_manifest
-from flowfast.dataset.shards import make_rows, shard_name
+from flowfast.dataset.shards import make_shard, shard_name
 from flowfast.dataset.store import LocalStore, StorageError, is_part, open_store
 from flowfast.flow import flow_map
 from flowfast.rank import Rank
@@ -120,7 +120,7 @@ def test_files_are_what_the_receipts_say(tmp_path):
         with safe_open(folder / shard_name(shard), framework="pt") as file:
             about = json.loads(file.metadata()["flowfast"])
         assert about == {"plan": data.plan.digest(), "shard": shard, "version": 2}
-        made = make_rows(data.plan, data.mixture, shard)
+        made = make_shard(data.plan, data.mixture, shard).tensors
         assert {name: len(x) for name, x in made.items()} == {"x_from": rows, "x_to": rows, "segment": rows}
         assert all(torch.equal(made[name], x) for name, x in tensors(folder, shard).items())
     assert Plan.parse(files["plan.json"]) == data.plan
@@ -228,7 +228,7 @@ def test_unfinished_files_of_the_dead_are_swept(tmp_path):
 
 def test_a_shard_that_someone_else_finished_is_not_made_again(tmp_path, monkeypatch):
     whole = contents(Path(generate(tmp_path).folder))
-    monkeypatch.setattr("flowfast.dataset.maker.make_rows", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr("flowfast.dataset.maker.make_shard", lambda *arguments, **more: 1 / 0)
     seen = []
     assert Maker(open_store(tmp_path)).make(2, seen.append).rows == 2
     assert seen == [2]  # its rows count as made
@@ -269,16 +269,16 @@ def test_killed_and_called_again(tmp_path):
 @forked
 def test_shards_that_fail_are_named_and_all_others_made(tmp_path, monkeypatch, workers):
     generate(tmp_path / "whole")
-    make = Maker.make
+    compute = Maker.compute
 
     def fails(self, shard, tick=None):
         if shard == 1:
             raise RuntimeError("a trajectory failed")
-        return make(self, shard, tick)
+        return compute(self, shard, tick)
 
     with monkeypatch.context() as patch, pytest.raises(ShardsFailed, match="shard 1: a trajectory failed") as raised:
         patch.setattr(engines, "_START", "fork")
-        patch.setattr(Maker, "make", fails)
+        patch.setattr(Maker, "compute", fails)
         generate(tmp_path / "set", workers=workers)
     assert [each.shard for each in raised.value.shards] == [1]
     assert list(missing_shards(open_store(tmp_path / "set"), plan())) == [0, 1, 0]

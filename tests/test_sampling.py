@@ -188,3 +188,15 @@ def test_bad_arguments_are_named() -> None:
         sample_rows(mixture, 0, 0, 1, t=0.5)
     with pytest.raises(ValueError, match=r"t must be a number or of shape \(2,\)"):
         sample_rows(mixture, 0, 0, 2, process=PROCESS, t=Tensor([0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+def test_draws_go_to_out(backend: str, dtype: torch.dtype) -> None:
+    mixture = uneven(torch.float64).to(dtype)
+    drawn = sample_rows(mixture, 3, 5, 40, process=PROCESS, t=0.2, backend=backend)
+    out = torch.full_like(drawn, math.nan)
+    assert sample_rows(mixture, 3, 5, 40, process=PROCESS, t=0.2, out=out, backend=backend) is out and out.equal(drawn)
+    for wrong in (out[:39].clone(), out.to(torch.float16), out.T.contiguous().T):
+        with pytest.raises(ValueError, match="out must be"):
+            sample_rows(mixture, 3, 5, 40, out=wrong, backend=backend)

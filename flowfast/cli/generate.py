@@ -20,7 +20,7 @@ from flowfast.cli.options import Generate
 from flowfast.dataset.generate import carry_out, check_claim, make_plan
 from flowfast.dataset.plan import DTYPES, Plan, RandomTimes
 from flowfast.dataset.receipts import missing_shards
-from flowfast.dataset.shards import make_rows, row_bytes
+from flowfast.dataset.shards import make_shard, row_bytes
 from flowfast.dataset.store import Store, open_store
 from flowfast.grids import time_grid
 from flowfast.mixture import GaussianMixture
@@ -112,7 +112,7 @@ def _estimate(store: Store, plan: Plan, mixture: GaussianMixture, workers: int) 
         while taken < _TRIAL_SECONDS and rows < _TRIAL_MOST:
             rows *= 2
             begin = time.perf_counter()
-            make_rows(dataclasses.replace(plan, rows=rows, rows_per_shard=rows), mixture, 0)
+            make_shard(dataclasses.replace(plan, rows=rows, rows_per_shard=rows), mixture, 0)
             taken = time.perf_counter() - begin
     finally:
         torch.set_num_threads(threads)

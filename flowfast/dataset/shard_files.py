@@ -6,14 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowfast.dataset.maker import read_plan
-from flowfast.dataset.plan import DTYPES, Plan
+from flowfast.dataset.plan import Plan
 from flowfast.dataset.receipts import MOST_RECEIPT_BYTES, RECEIPTS, Receipt, receipt_name
-from flowfast.dataset.shards import SHARDS, encode_header, in_file_order, shard_name
+from flowfast.dataset.shards import SHARDS, encode_header, shard_layout, shard_name
 from flowfast.dataset.store import LocalStore
 from flowfast.dataset.strict_json import parse_object
 
@@ -33,17 +32,6 @@ def open_folder(folder: Path) -> tuple[LocalStore, Plan]:
             raise ValueError(f"teacher set: {folder / name} is a link: only folders of the set itself are read")
     store = LocalStore(folder)
     return store, read_plan(store)
-
-
-def shard_layout(plan: Plan, dim: int, shard: int) -> dict[str, Tensor]:
-    """The tensors of a shard's file, in its order, without their numbers."""
-    n, dtype = plan.rows_of(shard), DTYPES[plan.dtype]
-    tensors = {name: torch.empty(n, dim, dtype=dtype, device="meta") for name in ("x_from", "x_to")}
-    if plan.times is None:
-        tensors["t"] = torch.empty(n, 2, dtype=torch.float64, device="meta")
-    else:
-        tensors["segment"] = torch.empty(n, dtype=torch.int32, device="meta")
-    return in_file_order(tensors)
 
 
 def shard_header(plan: Plan, dim: int, shard: int) -> tuple[bytes, int]:

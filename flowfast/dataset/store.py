@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from flowfast.dataset.uncached import new_uncached_file
+
 Part = tuple[str, BinaryIO]  # name of an unfinished file, and the stream that fills it
 
 
@@ -82,7 +84,7 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             _sync_folder(path.parent.parent)
         part = part_name(name)
-        return part, (self._root / part).open("xb")
+        return part, new_uncached_file(self._root / part)
 
     def commit(self, part: Part, name: str, *, replace: bool = True) -> None:
         """See `Store`."""
