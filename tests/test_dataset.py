@@ -21,12 +21,13 @@ from safetensors import safe_open
 from flowfast import GaussianMixture, OUProcess
 from flowfast.cli import main
 from flowfast.dataset import TeacherDataset, engines, generate_dataset, shards
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.generate import ShardsFailed, carry_out, make_plan
 from flowfast.dataset.maker import Maker
 from flowfast.dataset.plan import Plan, RandomTimes
 from flowfast.dataset.receipts import Receipt, missing_shards, receipt_name, write_manifest
 from flowfast.dataset.shards import make_rows, shard_name
-from flowfast.dataset.store import LocalStore, StorageError, is_part, open_store
+from flowfast.dataset.store import LocalStore, StorageError, is_part
 from flowfast.flow import flow_map
 from flowfast.rank import Rank
 

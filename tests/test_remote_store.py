@@ -13,8 +13,9 @@ from fault_store import FaultyMemory, faulty_memory
 from faults import digests, generate
 
 from flowfast import GaussianMixture, OUProcess, cli, generate_dataset
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.remote_store import RemoteStore
-from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, write_file
 
 ADDRESS = "faulty://bucket/set"
 

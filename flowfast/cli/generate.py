@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowfast.cli.jobs import cores
 from flowfast.cli.options import Generate
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.generate import carry_out, check_claim, make_plan
 from flowfast.dataset.plan import DTYPES, Plan, RandomTimes
 from flowfast.dataset.receipts import missing_shards
 from flowfast.dataset.shards import make_rows, row_bytes
-from flowfast.dataset.store import Store, open_store
+from flowfast.dataset.store import Store
 from flowfast.grids import time_grid
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flowfast import cluster
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.engines import SetAside, Tell, run_here, run_pool
 from flowfast.dataset.identity import kernel_here, read_mixture, write_mixture
 from flowfast.dataset.maker import read_plan
 from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, RandomTimes, grid_times, mixture_digest
 from flowfast.dataset.receipts import MANIFEST, missing_shards, sweep, write_manifest
 from flowfast.dataset.shards import row_bytes
-from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, refusals, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, refusals, write_file
 from flowfast.dataset.teacher_dataset import TeacherDataset
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
