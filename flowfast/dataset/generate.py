@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,12 +176,13 @@ def carry_out(
     rank = rank or Rank()
     missing = missing_shards(store, plan) if check_claim(store, plan) else bytearray(b"\1") * plan.n_shards
     check_space(store, plan, mixture.dim, missing.count(1))
-    claim(store, plan, mixture.to(DTYPES[plan.dtype]))
-    sweep(store, complete=False)
     shards = array("L", (i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]))
-    whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
-    tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
-    failed = _run(store, shards, workers, engine, tell)
+    with cluster.connected() if engine == "ray" and shards else nullcontext():  # or refused before anything is written
+        claim(store, plan, mixture.to(DTYPES[plan.dtype]))
+        sweep(store, complete=False)
+        whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
+        tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
+        failed = _run(store, shards, workers, engine, tell)
     if failed:
         raise ShardsFailed(failed)
     left = missing_shards(store, plan).count(1)
