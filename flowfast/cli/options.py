@@ -152,7 +152,7 @@ class Generate(MixtureFile):
     workers: int | None = None
     """Processes of one thread each; 1 computes in this one on all threads. None chooses."""
     dry_run: bool = False
-    """Say what would be stored and how long it would take; write nothing."""
+    """Say what would be stored, how long it would take, and what decides that; store nothing."""
     json: bool = False
     """Print what was done as JSON on stdout, and nothing else there."""
 
