@@ -67,7 +67,8 @@ def sentence(facts: dict[str, Any]) -> str:
     said = "{rows:,} rows in {shards:,} shards, {bytes:,} bytes; {missing:,} shards are missing".format(**facts)
     if facts["missing"]:
         said += f", about {seconds(60 * facts['minutes'])}, limited by {facts['limit']} ({', '.join(parts)})"
-    return f"{said}; free bytes: {'unknown' if facts['free_bytes'] is None else facts['free_bytes']}"
+    free = facts["free_bytes"]
+    return f"{said}; free bytes: {'unknown' if free is None else f'{free:,}'}"
 
 
 def _compute(plan: Plan, mixture: GaussianMixture, threads: int) -> float:

@@ -31,15 +31,15 @@ class TeacherDataset(Dataset[Pairs]):
     `verify_dataset`. Nothing outside the folder is read. Worker processes of a loader map the files themselves.
 
     Args:
-        path: the folder.
+        path: the folder, of this machine.
 
     Raises:
         ValueError: no set there, or one that is incomplete or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
-        self.store, self.plan = open_folder(self.folder)
+        self.store, self.plan = open_folder(path)
+        self.folder = Path(self.store.location)
         there = set(listed_receipts(self.store, self.plan))
         if len(there) < self.plan.n_shards:
             first = next(shard for shard in range(self.plan.n_shards) if shard not in there)
