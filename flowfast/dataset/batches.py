@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from flowfast.dataset.plan import Plan
 from flowfast.seeds import generator_for
 
-if TYPE_CHECKING:
-    from flowfast.dataset.teacher_dataset import Pairs, TeacherDataset
+Pairs = tuple[Tensor, Tensor, Tensor]  # x_from, x_to, and segment or t
 
 WINDOW = 8  # shards that are shuffled together: a batch touches few files, so it costs few calls and few page faults
 
 
-class Batches(IterableDataset["Pairs"]):
+class Batches(IterableDataset[Pairs]):
     """One epoch of a teacher set in shuffled batches; made by `TeacherDataset.batches`.
 
     The sequence of batches is a pure function of plan, batch size, seed and epoch. Rank r of w takes batches r, r + w,
@@ -29,10 +28,21 @@ class Batches(IterableDataset["Pairs"]):
     Shards come in shuffled order and rows are shuffled across windows of 8 shards. Rows of a teacher set are
     independent draws, so this is as good as shuffling the whole set. Each process shuffles every window, some 20 ns a
     row.
+
+    Args:
+        plan: of the set. pairs: what reads rows (n,) int64 of it. The others: see `TeacherDataset.batches`.
     """
 
     def __init__(
-        self, data: TeacherDataset, batch_size: int, *, seed: int, epoch: int, rank: int | None, world: int | None
+        self,
+        plan: Plan,
+        pairs: Callable[[Tensor], Pairs],
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int | None,
+        world: int | None,
     ) -> None:
         """See `TeacherDataset.batches`."""
         if (rank is None) != (world is None):
@@ -48,25 +58,25 @@ class Batches(IterableDataset["Pairs"]):
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         if rank >= world:
             raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}; got {rank}")
-        if len(data) < batch_size * world:
-            raise ValueError(f"batch_size must leave every rank a batch of the {len(data)} rows; got {batch_size}")
-        self._data, self._batch, self._seed, self._epoch = data, batch_size, seed, epoch
+        if plan.rows < batch_size * world:
+            raise ValueError(f"batch_size must leave every rank a batch of the {plan.rows} rows; got {batch_size}")
+        self._plan, self._pairs, self._batch, self._seed, self._epoch = plan, pairs, batch_size, seed, epoch
         self._rank, self._world = rank, world
 
     def __len__(self) -> int:
         """Batches of this rank, of all its workers together."""
-        return len(self._data) // self._batch // self._world
+        return self._plan.rows // self._batch // self._world
 
     def __iter__(self) -> Iterator[Pairs]:
         """The batches of this rank, in a loader's worker those of the worker."""
         for rows in self.rows():
-            yield self._data.pairs(rows)
+            yield self._pairs(rows)
 
     def rows(self) -> Iterator[Tensor]:
         """Numbers (batch_size,) int64 of the rows of each batch that `__iter__` gives."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        order = _Order(self._data.plan.rows, self._data.plan.rows_per_shard, self._seed, self._epoch)
+        order = _Order(self._plan.rows, self._plan.rows_per_shard, self._seed, self._epoch)
         for batch in range(self._rank + worker * self._world, len(self) * self._world, workers * self._world):
             yield order.rows(batch * self._batch, (batch + 1) * self._batch)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.maker import Maker
 from flowfast.dataset.receipts import Receipt, sweep
-from flowfast.dataset.store import StorageError, Store, open_store
+from flowfast.dataset.store import StorageError, Store
 
 Tell = Callable[[int], None]  # of rows made since the last call; negative when rows are lost with their worker
 

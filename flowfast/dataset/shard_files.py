@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowfast.dataset.addresses import local_folder
 from flowfast.dataset.maker import read_plan
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.receipts import MOST_RECEIPT_BYTES, RECEIPTS, Receipt, receipt_name
@@ -19,12 +20,13 @@ from flowfast.dataset.strict_json import parse_object
 MOST_HEADER_BYTES = 4_096
 
 
-def open_folder(folder: Path) -> tuple[LocalStore, Plan]:
+def open_folder(path: str | Path) -> tuple[LocalStore, Plan]:
     """The files of a set, and its plan.
 
     Raises:
-        ValueError: no folder, no plan in it, a plan that is damaged, or sub-folders that are links.
+        ValueError: no folder of this machine, no plan in it, a plan that is damaged, or sub-folders that are links.
     """
+    folder = local_folder(path)
     if not folder.is_dir():
         raise ValueError(f"teacher set: {folder} is no folder: give the folder that generate_dataset wrote")
     for name in (SHARDS, RECEIPTS):

@@ -161,20 +161,6 @@ class LocalStore:
         return path
 
 
-def open_store(location: str | Path) -> Store:
-    """The store at `location`: a folder, or an address that fsspec knows, such as "s3://bucket/set".
-
-    Raises:
-        ValueError, ModuleNotFoundError: see `RemoteStore`.
-    """
-    scheme, found, path = str(location).partition("://")
-    if not found or scheme in ("file", "local"):
-        return LocalStore(path if found else location)
-    from flowfast.dataset.remote_store import RemoteStore
-
-    return RemoteStore(str(location))
-
-
 def part_name(name: str) -> str:
     """A new name beside `name` for its unfinished file; it says which process of which machine writes it."""
     folder, slash, last = name.rpartition("/")
