@@ -14,7 +14,8 @@ from flowfast.dataset.batches import Batches, Pairs
 from flowfast.dataset.identity import read_mixture
 from flowfast.dataset.plan import DTYPES
 from flowfast.dataset.receipts import listed_receipts
-from flowfast.dataset.shard_files import map_shard, open_folder
+from flowfast.dataset.shard_files import map_shard, open_folder, read_into_cache
+from flowfast.dataset.shards import shard_name
 from flowfast.process import OUProcess
 
 _MOST_MAPPED = 4_096  # shards mapped at a time; a process may hold some 65,000 maps
@@ -132,6 +133,13 @@ class TeacherDataset(Dataset[Pairs]):
         """
         return self._shard(number)
 
+    def read_ahead(self, number: int) -> None:
+        """Bring the file of one shard into memory, in order, so that its rows need not be fetched one by one.
+
+        Nothing happens where that cannot be done: `shard` tells what is wrong.
+        """
+        read_into_cache(self.store, shard_name(number))
+
     def pair(self, segment: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher pairs of one segment of a time grid.
 
@@ -169,7 +177,9 @@ class TeacherDataset(Dataset[Pairs]):
         Raises:
             TypeError, ValueError: an argument out of range, or fewer rows than one batch per rank.
         """
-        return Batches(self.plan, self.pairs, batch_size, seed=seed, epoch=epoch, rank=rank, world=world)
+        return Batches(
+            self.plan, self.pairs, self.read_ahead, batch_size, seed=seed, epoch=epoch, rank=rank, world=world
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to worker processes as a path; the maps are opened there."""
