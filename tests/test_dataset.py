@@ -153,7 +153,9 @@ def test_rows_of_the_gpu_kernels_are_those_of_the_cpu(tmp_path):
     for shard in range(2):
         ours, theirs = tensors(tmp_path / "triton", shard), tensors(tmp_path / "cpp", shard)
         assert torch.equal(ours["segment"], theirs["segment"])
-        assert float((ours["x_from"] - theirs["x_from"]).abs().max()) < 3e-4  # what sample_rows promises; std <= 1
+        size = theirs["x_from"].abs() + mixture().means.abs().max()  # of std z and of alpha m, at the most
+        # each: the 8 eps of its normal that sample_rows promises, and six roundings to half an eps
+        assert bool(((ours["x_from"] - theirs["x_from"]).abs() <= 2 * 11 * torch.finfo(torch.float32).eps * size).all())
         t_from, t_to = (torch.tensor(TIMES, dtype=torch.float64)[ours["segment"].long() + i] for i in (0, 1))
         end = flow_map(ours["x_from"].double(), mixture().to(torch.float64), PROCESS, t_from, t_to)
         error = (ours["x_to"] - end).norm(dim=1) / end.norm(dim=1).clamp(min=1)
