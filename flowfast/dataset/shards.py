@@ -24,7 +24,7 @@ ALIGNMENT = 64  # of the first tensor within the file, bytes
 _CODES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
 _PIECE = 1 << 22  # bytes hashed and written at a time, so that they are hashed and copied from a cache
 _FIRST_CHUNK, _MOST_CHUNK = 1_024, 32_768  # rows of one call of the teacher
-_CHUNK_WORK = 2**30  # rows k d of one call at most: it is done within seconds, and Ctrl-C is heard
+_CHUNK_WORK = 2**29  # rows k d of one call at most: it is done within seconds, and Ctrl-C is heard
 
 
 @dataclass(frozen=True)
