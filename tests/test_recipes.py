@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import recipes
+from bench.ingredients import LOOPS
 from flowfast import Recipe
 
 
@@ -54,6 +55,32 @@ def test_a_run_stands_in_the_file_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*call, "--table"])
     recipes.main()
     assert f"| 2 | the recipe | uniform | 4 | 0 | {again['composed']:.4f} |" in capsys.readouterr().out
+
+
+def test_a_loop_stands_in_its_line(tmp_path, monkeypatch, capsys):
+    small = replace(Recipe.fresh(), width=8, depth=1)
+    trials = {"n = 2": recipes.Trial(small, 2), "n = 2, averaged": recipes.Trial(small, 2, loop="averaged")}
+    monkeypatch.setattr(recipes, "TRIALS", {"ingredients": trials})
+    monkeypatch.setattr(recipes, "PAIRS", 8)
+    monkeypatch.setattr(recipes, "POINTS", 200)
+    monkeypatch.setattr("bench.ingredients.AVERAGED", 0.5)  # of 4 steps, so that an average differs from the last
+    call = ["recipes", "--steps", "4", "--out", str(tmp_path / "recipes.jsonl")]
+    for seed in ("0", "1"):
+        for _ in range(2):
+            monkeypatch.setattr("sys.argv", [*call, "ingredients", "--seed", seed])
+            recipes.main()
+    rows = recipes.rows_of(tmp_path / "recipes.jsonl")
+    assert [row.get("loop") for row in rows] == [None, "averaged"] * 2
+    assert len({row["composed"] for row in rows}) == 4
+    names = [row["name"] for row in sorted(rows[:2], key=lambda row: row["composed"])]
+    lines = recipes.tables(rows).splitlines()[-2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in names]
+    found = {row["name"]: [f"{one['composed']:.4f}" for one in rows if one["name"] == row["name"]] for row in rows}
+    assert lines == [f"| {name} | 4 | {found[name][0]} | {found[name][1]} |" for name in names]
+
+
+def test_every_loop_has_its_line():
+    assert {trial.loop for trial in recipes.TRIALS["ingredients"].values()} - {None} == set(LOOPS)
 
 
 def test_the_page_shows_what_stands_in_the_file():
