@@ -73,14 +73,23 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "n = 4, constant rate": Trial(STEADY, 4),
         "n = 4, constant rate, weights averaged": Trial(STEADY, 4, loop="averaged"),
         "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss"),
+        "n = 4, measured grid, rows by loss": Trial(BEST, 4, "measured", loop="rows by loss"),
         "n = 4, rows by loss, all rows alike": Trial(BEST, 4, loop="rows by loss, alike"),
         "n = 4, composed error at the end": Trial(BEST, 4, loop="end to end"),
         "n = 4, composed error beside the segments' at the end": Trial(BEST, 4, loop="end to end, beside"),
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
-    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
+    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))}
+    | {"n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
     "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
+}
+
+AGAINST: Mapping[str, str] = {  # the line without the ingredient, where it is not that of n segments alone
+    "n = 4, a network per segment, each from the one before": "n = 4, a network per segment",
+    "n = 4, a network per segment, each from the one after": "n = 4, a network per segment",
+    "n = 4, constant rate, weights averaged": "n = 4, constant rate",
+    "n = 4, measured grid, rows by loss": "n = 4, measured grid",
 }
 
 
@@ -142,6 +151,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         who = "the paper's" if row["set"] == "paper" else "the recipe"
         if row["recipe"]["optimiser"] == "muon":
             who += ", Muon"
+        if "loop" in row:
+            who += f", {row['loop']}"
         lines.append(
             f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
             f"{row['seconds']:.0f} |"
@@ -153,16 +164,23 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def _ingredients(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of one line per change to the recipe and number of steps, the least error of the first seed above."""
+    """A table of one line per change to the recipe and number of steps, the least error of the first seed above.
+
+    The ratio is to another line's errors with the same seeds, summed over these.
+    """
     seeds = sorted({row["seed"] for row in rows})
     errors: dict[tuple[str, int], dict[int, float]] = {}
     for row in rows:
         errors.setdefault((row["name"], row["steps"]), {})[row["seed"]] = row["composed"]
-    lines = [f"| change to the recipe | steps | {' | '.join(f'error, seed {seed}' for seed in seeds)} |"]
-    lines.append("|---" * (2 + len(seeds)) + "|")
+    lines = [f"| change to the recipe | steps | {' | '.join(f'error, seed {seed}' for seed in seeds)} | ratio | to |"]
+    lines.append("|---" * (4 + len(seeds)) + "|")
     for (name, steps), found in sorted(errors.items(), key=lambda item: min(item[1].items())[1]):
+        other = AGAINST.get(name, name.split(",")[0] if name.startswith("n = ") else "none")
+        plain = errors.get((other, steps), {})
+        both = set() if name == other else set(found) & set(plain)
+        ratio = f"{sum(found[i] for i in both) / sum(plain[i] for i in both):.2f} | {other}" if both else " | "
         cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in seeds]
-        lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} | {ratio} |")
     return lines
 
 

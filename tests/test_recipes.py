@@ -72,11 +72,18 @@ def test_a_loop_stands_in_its_line(tmp_path, monkeypatch, capsys):
     rows = recipes.rows_of(tmp_path / "recipes.jsonl")
     assert [row.get("loop") for row in rows] == [None, "averaged"] * 2
     assert len({row["composed"] for row in rows}) == 4
-    names = [row["name"] for row in sorted(rows[:2], key=lambda row: row["composed"])]
-    lines = recipes.tables(rows).splitlines()[-2:]
-    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in names]
-    found = {row["name"]: [f"{one['composed']:.4f}" for one in rows if one["name"] == row["name"]] for row in rows}
-    assert lines == [f"| {name} | 4 | {found[name][0]} | {found[name][1]} |" for name in names]
+    (plain, plain_1), (mean, mean_1) = ([row["composed"] for row in rows if row["name"] == name] for name in trials)
+    ratio = (mean + mean_1) / (plain + plain_1)
+    lines = [
+        (plain, f"| n = 2 | 4 | {plain:.4f} | {plain_1:.4f} |  |  |"),
+        (mean, f"| n = 2, averaged | 4 | {mean:.4f} | {mean_1:.4f} | {ratio:.2f} | n = 2 |"),
+    ]
+    assert recipes.tables(rows).splitlines()[-2:] == [line for _, line in sorted(lines)]
+
+
+def test_every_line_has_one_to_be_compared_with():
+    names = set(recipes.TRIALS["ingredients"])
+    assert {*recipes.AGAINST, *recipes.AGAINST.values(), "none", "n = 4"} <= names
 
 
 def test_every_loop_has_its_line():
