@@ -81,7 +81,7 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
     | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))}
-    | {"n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
+    | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
     "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
 }
 
