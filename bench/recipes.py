@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.__main__ import processor
+from bench.ingredients import LOOPS, Task
 from flowfast import Evaluation, FlowStudent, GaussianMixture, OUProcess, Recipe, distill, evaluate, flow_map, time_grid
 from flowfast.experiments.machine import machine, versions
 from flowfast.grids import GridKind
@@ -33,15 +34,21 @@ PAPER = Recipe(
     preconditioned=False, shared=False, learning_rate=2e-4, schedule="constant", weight_decay=0.0, batch_size=PAIRS
 )
 BEST = Recipe.fresh()
+ALONE = replace(BEST, shared=False)
+STEADY = replace(BEST, schedule="constant")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One student: a recipe whose steps and batch are set by `run`, on n segments of a grid."""
+    """One student: a recipe whose steps and batch are set by `run`, on n segments of a grid, and its training.
+
+    loop: of `bench.ingredients`; None is `distill`.
+    """
 
     recipe: Recipe
     segments: int = 1
     grid: GridKind = "uniform"
+    loop: str | None = None
 
 
 TRIALS: Mapping[str, Mapping[str, Trial]] = {
@@ -52,28 +59,45 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "peak 2e-3": Trial(replace(BEST, learning_rate=2e-3)),
         "peak 4e-3": Trial(replace(BEST, learning_rate=4e-3)),
         "one-cycle schedule": Trial(replace(BEST, schedule="one-cycle")),
-        "constant rate": Trial(replace(BEST, schedule="constant")),
+        "constant rate": Trial(STEADY),
         "weight decay 0.1": Trial(replace(BEST, weight_decay=0.1)),
         "gradients clipped at 0.25": Trial(replace(BEST, clip_norm=0.25)),
         "Muon": Trial(replace(BEST, optimiser="muon")),
         "the paper's student": Trial(PAPER),
         "n = 4": Trial(BEST, 4),
         "n = 4, measured grid": Trial(BEST, 4, "measured"),
-        "n = 4, a network per segment": Trial(replace(BEST, shared=False), 4),
+        "n = 4, a network per segment": Trial(ALONE, 4),
+        "n = 4, a network per segment, each from the one before": Trial(ALONE, 4, loop="one by one"),
+        "n = 4, a network per segment, each from the one after": Trial(ALONE, 4, loop="one by one, backwards"),
+        "n = 4, weights averaged": Trial(BEST, 4, loop="averaged"),
+        "n = 4, constant rate": Trial(STEADY, 4),
+        "n = 4, constant rate, weights averaged": Trial(STEADY, 4, loop="averaged"),
+        "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss"),
+        "n = 4, measured grid, rows by loss": Trial(BEST, 4, "measured", loop="rows by loss"),
+        "n = 4, rows by loss, all rows alike": Trial(BEST, 4, loop="rows by loss, alike"),
+        "n = 4, composed error at the end": Trial(BEST, 4, loop="end to end"),
+        "n = 4, composed error beside the segments' at the end": Trial(BEST, 4, loop="end to end, beside"),
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
-    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
+    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))}
+    | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
     "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
+}
+
+AGAINST: Mapping[str, str] = {  # the line without the ingredient, where it is not that of n segments alone
+    "n = 4, a network per segment, each from the one before": "n = 4, a network per segment",
+    "n = 4, a network per segment, each from the one after": "n = 4, a network per segment",
+    "n = 4, constant rate, weights averaged": "n = 4, constant rate",
+    "n = 4, measured grid, rows by loss": "n = 4, measured grid",
 }
 
 
 def main() -> None:
     """Train what is not yet in the file, a line each."""
     parser = argparse.ArgumentParser(prog="python -m bench.recipes", description=__doc__)
-    parser.add_argument(
-        "sets", nargs="*", default=list(TRIALS)[:-1], help=f"of {', '.join(TRIALS)}; none is all but the last"
-    )
+    known = ", ".join(TRIALS)
+    parser.add_argument("sets", nargs="*", default=list(TRIALS)[:-1], help=f"of {known}; none is all but the last")
     parser.add_argument("--only", nargs="+", help="names within the sets, such as 'n = 1'")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; none is the set's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     unknown = sorted(set(options.sets) - set(TRIALS))
     if unknown:
-        parser.error(f"sets must be of {', '.join(TRIALS)}; got {', '.join(unknown)}")
+        parser.error(f"sets must be of {known}; got {', '.join(unknown)}")
     if options.table:
         print(tables(rows_of(options.out)))
         return
@@ -104,10 +128,11 @@ def main() -> None:
 
 def settings_of(group: str, name: str, trial: Trial, steps: int, seed: int) -> dict[str, Any]:
     """Everything that decides the numbers of a run, as plain values, under its names."""
-    return {
+    settings = {
         "set": group, "name": name, "segments": trial.segments, "grid": trial.grid, "steps": steps, "seed": seed,
         "recipe": asdict(sized(trial, steps)),
     }  # fmt: skip
+    return settings if trial.loop is None else {**settings, "loop": trial.loop}
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -116,7 +141,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The runs as two tables in Markdown: students at the full number of steps, and ingredients at fewer."""
+    """The runs as tables in Markdown: students at many steps, ingredients at few, those of n = 1 and of n = 4 apart."""
     students = [row for row in rows if row["set"] in ("best", "paper", "full")]
     lines = [
         "| n | student | grid | steps | seed | composed error | processor seconds |",
@@ -126,14 +151,37 @@ def tables(rows: list[dict[str, Any]]) -> str:
         who = "the paper's" if row["set"] == "paper" else "the recipe"
         if row["recipe"]["optimiser"] == "muon":
             who += ", Muon"
+        if "loop" in row:
+            who += f", {row['loop']}"
         lines.append(
             f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
             f"{row['seconds']:.0f} |"
         )
-    lines += ["", "| change to the recipe | steps | seed | composed error |", "|---" * 4 + "|"]
-    for row in sorted((row for row in rows if row["set"] == "ingredients"), key=lambda row: row["composed"]):
-        lines.append(f"| {row['name']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} |")
+    few = [row for row in rows if row["set"] == "ingredients"]
+    for n in sorted({row["segments"] for row in few}):
+        lines += ["", *_ingredients([row for row in few if row["segments"] == n])]
     return "\n".join(lines)
+
+
+def _ingredients(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of one line per change to the recipe and number of steps, the least error of the first seed above.
+
+    The ratio is to another line's errors with the same seeds, summed over these.
+    """
+    seeds = sorted({row["seed"] for row in rows})
+    errors: dict[tuple[str, int], dict[int, float]] = {}
+    for row in rows:
+        errors.setdefault((row["name"], row["steps"]), {})[row["seed"]] = row["composed"]
+    lines = [f"| change to the recipe | steps | {' | '.join(f'error, seed {seed}' for seed in seeds)} | ratio | to |"]
+    lines.append("|---" * (4 + len(seeds)) + "|")
+    for (name, steps), found in sorted(errors.items(), key=lambda item: min(item[1].items())[1]):
+        other = AGAINST.get(name, name.split(",")[0] if name.startswith("n = ") else "none")
+        plain = errors.get((other, steps), {})
+        both = set() if name == other else set(found) & set(plain)
+        ratio = f"{sum(found[i] for i in both) / sum(plain[i] for i in both):.2f} | {other}" if both else " | "
+        cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in seeds]
+        lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} | {ratio} |")
+    return lines
 
 
 def sized(trial: Trial, steps: int) -> Recipe:
@@ -149,7 +197,11 @@ def run(trial: Trial, steps: int, seed: int) -> dict[str, Any]:
     mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0), OUProcess(5.0)
     times = time_grid(mixture, process, trial.segments, kind=trial.grid)
     wall, begin = time.perf_counter(), time.process_time()
-    student = distill(mixture, process, times, recipe=sized(trial, steps), seed=seed)
+    recipe = sized(trial, steps)
+    if trial.loop is None:
+        student = distill(mixture, process, times, recipe=recipe, seed=seed)
+    else:
+        student = LOOPS[trial.loop](Task(mixture, process, tuple(times.tolist()), recipe, seed))
     seconds, wall = time.process_time() - begin, time.perf_counter() - wall
     found = measured(student, mixture, process, times, POINTS)
     errors = {"composed": found.composed, "each": found.segments, "along": found.along}

@@ -92,10 +92,10 @@ def distill(
     if mixture.dtype not in DTYPES.values():
         raise TypeError(f"mixture must be float32 or float64; got {mixture.dtype}: convert with mixture.to(...)")
     grid = grid_times(times)
-    student = _student(mixture, process, grid, recipe, as_seed(seed))
+    student = new_student(mixture, process, grid, recipe, as_seed(seed))
     trainer = Trainer(student, recipe)
     if data is None:
-        pairs = _fresh_pairs(mixture, process, grid, recipe, seed, backends.choose(backend, mixture.device))
+        pairs = fresh_pairs(mixture, process, grid, recipe, seed, backends.choose(backend, mixture.device))
     else:
         _check_data(data, mixture, process, grid)
         pairs = _stored_pairs(data, recipe.batch_size, seed, mixture.device)
@@ -134,9 +134,10 @@ def _train(
             total, counted = torch.zeros_like(total), 0
 
 
-def _student(
+def new_student(
     mixture: GaussianMixture, process: OUProcess, grid: tuple[float, ...], recipe: Recipe, seed: int
 ) -> FlowStudent:
+    """The untrained student that `distill` starts from."""
     at = torch.tensor(grid, dtype=torch.float64)
     std = mixture.std.detach().cpu()
     means, weights = mixture.means.detach().double(), mixture.weights.detach().double()
@@ -186,10 +187,15 @@ def _stored_pairs(data: TeacherDataset, batch: int, seed: int, device: torch.dev
     return pairs
 
 
-def _fresh_pairs(
-    mixture: GaussianMixture, process: OUProcess, grid: tuple[float, ...], recipe: Recipe, seed: int, backend: str
+def fresh_pairs(
+    mixture: GaussianMixture,
+    process: OUProcess,
+    grid: tuple[float, ...],
+    recipe: Recipe,
+    seed: int,
+    backend: str = "auto",
 ) -> Pairs:
-    """Pairs from the closed-form marginals, made for several steps at once."""
+    """Pairs from the closed-form marginals, made for several steps at once: those that `distill` makes by itself."""
     batch = recipe.batch_size
     together = min(recipe.steps, max(1, _FRESH_ROWS // batch))
     marginals = [process.marginal(mixture, t) for t in grid[:-1]]

@@ -121,17 +121,21 @@ class Trainer:
     def step(self, x_from: Tensor, x_to: Tensor) -> Tensor:
         """Take one optimiser step on pairs (m, b, d); returns the loss before it, mean over segments, 0-dim."""
         losses = self.student.losses(x_from, x_to)  # (m,)
+        self.descend(losses.mean() if self.student.shared else losses.sum())
+        return losses.detach().mean()
+
+    def descend(self, loss: Tensor) -> None:
+        """Take one optimiser step down the gradient of `loss` (0-dim)."""
         rate = self.recipe.learning_rate_at(self.done)
         for optimiser in self._optimisers:
             optimiser.zero_grad(set_to_none=True)
-        (losses.mean() if self.student.shared else losses.sum()).backward()
+        loss.backward()
         for weights in self._weights:
             nn.utils.clip_grad_norm_(weights, self.recipe.clip_norm, foreach=True)
         for optimiser in self._optimisers:
             optimiser.param_groups[0]["lr"] = rate
             optimiser.step()
         self.done += 1
-        return losses.detach().mean()
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Leave everything that later steps depend on in one file at `path`: weights, optimisers' moments, step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import recipes
+from bench.ingredients import LOOPS
 from flowfast import Recipe
 
 
@@ -54,6 +55,46 @@ def test_a_run_stands_in_the_file_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*call, "--table"])
     recipes.main()
     assert f"| 2 | the recipe | uniform | 4 | 0 | {again['composed']:.4f} |" in capsys.readouterr().out
+
+
+def test_a_loop_stands_in_its_line(tmp_path, monkeypatch, capsys):
+    small = replace(Recipe.fresh(), width=8, depth=1)
+    trials = {"n = 2": recipes.Trial(small, 2), "n = 2, averaged": recipes.Trial(small, 2, loop="averaged")}
+    monkeypatch.setattr(recipes, "TRIALS", {"ingredients": trials})
+    monkeypatch.setattr(recipes, "PAIRS", 8)
+    monkeypatch.setattr(recipes, "POINTS", 200)
+    monkeypatch.setattr("bench.ingredients.AVERAGED", 0.5)  # of 4 steps, so that an average differs from the last
+    call = ["recipes", "--steps", "4", "--out", str(tmp_path / "recipes.jsonl")]
+    for seed in ("0", "1"):
+        for _ in range(2):
+            monkeypatch.setattr("sys.argv", [*call, "ingredients", "--seed", seed])
+            recipes.main()
+    rows = recipes.rows_of(tmp_path / "recipes.jsonl")
+    assert [row.get("loop") for row in rows] == [None, "averaged"] * 2
+    assert len({row["composed"] for row in rows}) == 4
+    (plain, plain_1), (mean, mean_1) = ([row["composed"] for row in rows if row["name"] == name] for name in trials)
+    ratio = (mean + mean_1) / (plain + plain_1)
+    lines = [
+        (plain, f"| n = 2 | 4 | {plain:.4f} | {plain_1:.4f} |  |  |"),
+        (mean, f"| n = 2, averaged | 4 | {mean:.4f} | {mean_1:.4f} | {ratio:.2f} | n = 2 |"),
+    ]
+    assert recipes.tables(rows).splitlines()[-2:] == [line for _, line in sorted(lines)]
+
+
+def test_every_line_has_one_to_be_compared_with():
+    names = set(recipes.TRIALS["ingredients"])
+    assert {*recipes.AGAINST, *recipes.AGAINST.values(), "none", "n = 4"} <= names
+
+
+@pytest.mark.parametrize("group", recipes.TRIALS)
+def test_every_set_is_in_the_tables(group):
+    name, trial = next(iter(recipes.TRIALS[group].items()))
+    row = recipes.settings_of(group, name, trial, 7_654_321, 0) | {"composed": 0.123, "seconds": 3.0}
+    assert [line for line in recipes.tables([row]).splitlines() if "7,654,321" in line and "0.123" in line]
+
+
+def test_every_loop_has_its_line():
+    assert {trial.loop for trial in recipes.TRIALS["ingredients"].values()} - {None} == set(LOOPS)
 
 
 def test_the_page_shows_what_stands_in_the_file():

@@ -1,0 +1,114 @@
+"""The benchmark's own training loops: with the ingredient taken out, each of them is `distill`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import ingredients
+from flowfast import GaussianMixture, OUProcess, Recipe, distill, evaluate, flow_map
+from flowfast.training import Trainer
+
+GRID = (1.0, 0.4, 0.15, 0.0)
+TASK = ingredients.Task(
+    GaussianMixture.random(5, 4, std=0.5, seed=3).to(dtype=torch.float64),
+    OUProcess(5.0),
+    GRID,
+    Recipe.fresh(steps=6, batch_size=8, width=16, depth=2),
+    seed=1,
+)
+ALONE = replace(TASK, recipe=replace(TASK.recipe, shared=False))
+STILL = replace(ALONE, recipe=replace(ALONE.recipe, learning_rate=1e-300))  # weights move by 1e-299
+
+
+def weights_of(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in module.parameters()])
+
+
+def distilled(task: ingredients.Task) -> torch.Tensor:
+    return weights_of(distill(task.mixture, task.process, task.grid, recipe=task.recipe, seed=task.seed))
+
+
+def test_an_average_of_the_last_step_alone_is_distill(monkeypatch):
+    monkeypatch.setattr(ingredients, "AVERAGED", 0.0)
+    assert torch.equal(weights_of(ingredients.averaged(TASK)), distilled(TASK))
+
+
+def test_the_average_is_exponential_over_its_share_of_the_steps(monkeypatch):
+    monkeypatch.setattr(ingredients, "AVERAGED", 0.5)  # of 6 steps: decay 2/3
+    student, pairs = TASK.student(), TASK.pairs()
+    trainer, mean = Trainer(student, TASK.recipe), None
+    for step in range(TASK.recipe.steps):
+        trainer.step(*pairs(step))
+        now = weights_of(student)
+        mean = now if mean is None else 2 / 3 * mean + now / 3
+    # float64 rounding of six sums of numbers below 1
+    torch.testing.assert_close(weights_of(ingredients.averaged(TASK)), mean, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_equal_shares_are_distill(monkeypatch, alike):
+    monkeypatch.setattr(ingredients, "LEAST", 1 / 3)
+    monkeypatch.setattr(ingredients, "TOGETHER", TASK.recipe.steps)  # as distill makes pairs of this size
+    got = weights_of(ingredients.rows_by_loss(TASK, alike=alike))
+    # float64 rounding (1e-16), over the square root of AdamW's second moment, in units of a rate of 8e-3: sums are
+    # taken in another order.
+    torch.testing.assert_close(got, distilled(TASK), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("losses", "total", "rows"),
+    [
+        ([1.0, 1.0, 1.0], 96, [32, 32, 32]),
+        ([0.0, 0.0, 5.0], 96, [3, 3, 90]),
+        ([1.0, 3.0], 32, [8, 24]),
+        ([1e-9, 1.0], 4, [1, 3]),
+    ],
+)
+def test_rows_follow_the_losses(losses, total, rows):
+    assert ingredients.shares(torch.tensor(losses), total) == rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_row_is_lost(seed):
+    losses = torch.rand(7, generator=torch.Generator().manual_seed(seed)) ** 8
+    rows = ingredients.shares(losses, 1_024)
+    assert sum(rows) == 1_024 and min(rows) >= 32
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_cold_networks_one_by_one_are_distill(backwards):
+    student = ingredients.one_by_one(ALONE, backwards=backwards, warm=False)
+    assert torch.equal(weights_of(student), distilled(ALONE))
+
+
+@pytest.mark.parametrize(("backwards", "origin"), [(False, 0), (True, 2)])
+def test_warm_networks_begin_where_their_neighbour_ended(backwards, origin):
+    origin_weights = weights_of(STILL.student().networks[origin])
+    for network in ingredients.one_by_one(STILL, backwards=backwards).networks:
+        torch.testing.assert_close(weights_of(network), origin_weights, rtol=0, atol=1e-290)
+    trained = ingredients.one_by_one(ALONE, backwards=backwards)
+    cold = distill(ALONE.mixture, ALONE.process, GRID, recipe=ALONE.recipe, seed=ALONE.seed)
+    same = [torch.equal(*map(weights_of, pair)) for pair in zip(trained.networks, cold.networks, strict=True)]
+    assert same == [i == origin for i in range(3)]
+
+
+def test_no_tuned_steps_are_distill(monkeypatch):
+    monkeypatch.setattr(ingredients, "TUNED", 0.0)
+    assert torch.equal(weights_of(ingredients.end_to_end(TASK)), distilled(TASK))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_composed_error_alone_trains_a_composition(monkeypatch, beside):
+    monkeypatch.setattr(ingredients, "TUNED", 1.0)
+    task = replace(TASK, recipe=replace(TASK.recipe, steps=200))
+    path = [task.process.marginal(task.mixture, 1.0).sample(500, generator=torch.Generator().manual_seed(7))]
+    for t_from, t_to in zip(GRID, GRID[1:], strict=False):
+        path.append(flow_map(path[-1], task.mixture, task.process, t_from, t_to))
+    before, after = (
+        evaluate(student, torch.stack(path)).composed
+        for student in (task.student(), ingredients.end_to_end(task, beside=beside))
+    )
+    assert after < before / 2
