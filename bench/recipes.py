@@ -82,7 +82,8 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
     | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))}
     | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
-    "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
+    "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)}
+    | {"n = 1, peak 2e-3": Trial(replace(BEST, learning_rate=2e-3))},
 }
 
 AGAINST: Mapping[str, str] = {  # the line without the ingredient, where it is not that of n segments alone
@@ -149,10 +150,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(students, key=lambda row: (row["steps"], row["segments"], row["set"])):
         who = "the paper's" if row["set"] == "paper" else "the recipe"
-        if row["recipe"]["optimiser"] == "muon":
-            who += ", Muon"
-        if "loop" in row:
-            who += f", {row['loop']}"
+        who += "".join(f", {word}" for word in row["name"].split(", ")[1:] if word != f"{row['grid']} grid")
         lines.append(
             f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
             f"{row['seconds']:.0f} |"
