@@ -93,8 +93,8 @@ def _contenders(plan: Plan, mixture: GaussianMixture, folder: Path) -> dict[str,
     """Calls that give rows per second, in an order in which the reader finds a set."""
     work: dict[str, Callable[[], float]] = {
         f"flow, {torch.get_num_threads()} threads": lambda: _flow(plan, mixture),
-        "disk, through the page cache": lambda: _disk(plan, lambda: (folder / "random").open("wb")),
-        "disk": lambda: _disk(plan, lambda: new_uncached_file(folder / "random")),
+        "disk, through the page cache": lambda: _disk(plan, folder / "random", lambda path: path.open("wb")),
+        "disk": lambda: _disk(plan, folder / "random", new_uncached_file),
     }
     for workers in (1, CORES, CORES + 1):
         name = f"stored by {workers} processes" if workers > 1 else "stored by this process"
@@ -173,25 +173,33 @@ def _flow(plan: Plan, mixture: GaussianMixture) -> float:
     return calls * FLOW_ROWS / passed
 
 
-def _disk(plan: Plan, create: Callable[[], BinaryIO]) -> float:
-    """As many bytes as the set's, in files of a shard's size, each made durable and removed before the next."""
+def _disk(plan: Plan, folder: Path, create: Callable[[Path], BinaryIO]) -> float:
+    """As many bytes as the set's, in files of a shard's size, each made durable before the next."""
+    _clear(folder)
+    folder.mkdir()
     piece = mmap.mmap(-1, PIECE)
     piece[:] = os.urandom(PIECE)
-    written, total = 0, plan.rows * row_bytes(plan, DIM)
-    begin = time.perf_counter()
-    while written < total:
-        with create() as stream:
-            for _ in range(max(1, plan.rows_per_shard * row_bytes(plan, DIM) // PIECE)):
+    begin, written = time.perf_counter(), 0
+    for shard in range(plan.n_shards):
+        with create(folder / str(shard)) as stream:
+            for _ in range(max(1, plan.rows_of(shard) * row_bytes(plan, DIM) // PIECE)):
                 written += stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-            os.unlink(stream.name)
-    return written / row_bytes(plan, DIM) / (time.perf_counter() - begin)
+    passed = time.perf_counter() - begin
+    _clear(folder)
+    return written / row_bytes(plan, DIM) / passed
+
+
+def _clear(folder: Path) -> None:
+    """Remove a folder; a disk that is told of free space is told now, and not while the next one is measured."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
 
 
 def _stored(plan: Plan, mixture: GaussianMixture, folder: Path, workers: int) -> float:
     """A whole set, from its first eighth on."""
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(folder)
     first: list[tuple[float, int]] = []
 
     def note(done: int, rows: int) -> None:
@@ -204,11 +212,11 @@ def _stored(plan: Plan, mixture: GaussianMixture, folder: Path, workers: int) ->
 
 
 def _read_again(folder: Path) -> float:
-    """Shuffled batches of a set of which nothing is in memory, for a second."""
+    """Shuffled batches of a set of which nothing is in memory, for five seconds."""
     for file in (folder / "shards").iterdir():
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return _batches(TeacherDataset(folder))
+    return _batches(TeacherDataset(folder), seconds=5.0)
 
 
 def _read(folder: Path) -> float:
@@ -222,11 +230,11 @@ def _read(folder: Path) -> float:
     return _batches(data)
 
 
-def _batches(data: TeacherDataset) -> float:
+def _batches(data: TeacherDataset, seconds: float = 1.0) -> float:
     begin, rows, passed = time.perf_counter(), 0, 0.0
     for x_from, _, _ in data.batches(BATCH):
         rows, passed = rows + len(x_from), time.perf_counter() - begin
-        if passed > 1:
+        if passed > seconds:
             break
     return rows / passed
 

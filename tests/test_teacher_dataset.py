@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,9 @@ class _AtOnce:
         assert workers == 1
 
     def submit(self, call, *arguments):
-        call(*arguments)
+        done = Future()
+        done.set_result(call(*arguments))
+        return done
 
     def shutdown(self, **how):
         assert how == {"wait": False, "cancel_futures": True}

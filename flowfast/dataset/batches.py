@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 
 import torch
@@ -30,8 +30,8 @@ class Batches(IterableDataset[Pairs]):
     independent draws, so this is as good as shuffling the whole set. Each process shuffles every window, some 20 ns a
     row.
 
-    While rows of one window are taken from random places, a thread brings the next one's files into memory in order:
-    random reads of a disk are a hundred times slower. Loader workers divide the files.
+    While rows of one window are taken from random places, a thread reads the next one's files into the page cache, in
+    order, as disks like it. Loader workers divide the files. The first batch waits for the first window.
 
     Args:
         plan: of the set. pairs: what reads rows (n,) int64 of it. read_ahead: what brings a shard's file into memory.
@@ -76,14 +76,15 @@ class Batches(IterableDataset[Pairs]):
     def __iter__(self) -> Iterator[Pairs]:
         """The batches of this rank, in a loader's worker those of the worker."""
         worker, workers = _worker()
-        order, entered = self._order(), -1
+        order = self._order()
+        reading: list[list[Future[None]]] = []  # of every window begun and the next
         reader = ThreadPoolExecutor(1)
         try:
             for rows in self._rows(order):
-                for window in range(entered + 1, order.current + 2):  # this one, and the next
-                    for shard in order.shards(window)[worker::workers]:
-                        reader.submit(self._read_ahead, shard)
-                    entered = window
+                while len(reading) < order.current + 2:
+                    shards = order.shards(len(reading))[worker::workers]
+                    reading.append([reader.submit(self._read_ahead, shard) for shard in shards])
+                wait(reading[order.current])
                 yield self._pairs(rows)
         finally:
             reader.shutdown(wait=False, cancel_futures=True)

@@ -27,7 +27,6 @@ TRIES = 3  # of a shard whose workers die
 _HANDS = 8  # threads that hash and write, at most: each holds a shard in memory
 _PATIENCE = 3.0  # seconds for a worker to end when it is told to
 _START = "spawn"  # how processes start: a fork would inherit torch's threads half-way through something
-_END = b""  # instead of a number: there are no more shards
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def run_here(store: Store, shards: Iterable[int], tell: Tell) -> list[SetAside]:
         StorageError: files cannot be written.
     """
     maker, failed, kept = Maker(store), [], collections.deque[Future[Receipt]]()
-    most = min(torch.get_num_threads(), _HANDS)
+    most = min(torch.get_num_threads() + 1, _HANDS)  # one waits for the disk
     with ThreadPoolExecutor(most) as hands:
         for shard in shards:
             if len(kept) == most:
@@ -130,11 +129,8 @@ class _Pool:
 
     def give(self, worker: _Worker, shard: int) -> None:
         worker.shard, worker.rows = shard, 0
-        self.send(worker, str(shard).encode())
-
-    def send(self, worker: _Worker, message: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # it is dead, which reading will show
-            worker.connection.send_bytes(message)
+            worker.connection.send_bytes(str(shard).encode())
 
     def hear(self, worker: _Worker, message: dict[str, str | int]) -> None:
         worker.ready, self.stillborn = True, 0
@@ -150,8 +146,8 @@ class _Pool:
                 self.failed.append(SetAside(worker.shard, str(message["failed"])))
             shard = self.next_shard()
             if shard is None:
-                self.send(worker, _END)
                 self.workers.remove(worker)
+                worker.process.terminate()  # all that it did is durable; torch takes seconds to end by itself
                 worker.process.join()
                 worker.connection.close()
             else:
@@ -198,8 +194,8 @@ def _serve(location: str, connection: Connection) -> None:
     try:
         maker = Maker(open_store(location))
         say(ready=1)
-        while (message := connection.recv_bytes()) != _END:
-            shard = int(message)
+        while True:
+            shard = int(connection.recv_bytes())
             try:
                 maker.make(shard, lambda rows: say(rows=rows))
                 say(finished=shard)

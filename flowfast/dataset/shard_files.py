@@ -93,7 +93,7 @@ def read_into_cache(store: LocalStore, name: str) -> None:
         return
     with contextlib.suppress(OSError), (Path(store.location) / name).open("rb") as file, open(os.devnull, "wb") as sink:
         place = 0
-        while sent := os.sendfile(sink.fileno(), file.fileno(), place, 1 << 22):  # no byte is copied
+        while sent := os.sendfile(sink.fileno(), file.fileno(), place, 1 << 30):  # no byte is copied
             place += sent
 
 
