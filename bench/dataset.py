@@ -3,14 +3,18 @@
 k = 20, d = 64, float32, 8 segments of the measured grid. Rates are rows per second on the clock, so the machine should
 be idle; rounds of all contenders alternate, and medians are kept. A set's rate is measured from its first eighth on,
 which leaves the start of the processes out. Processor time per row, on one thread, stands beside them: it stays
-meaningful on a busy machine. The set and a file of random bytes are written to a temporary folder beside the results
-and removed. Writes `bench/results/dataset-cpu.json`.
+meaningful on a busy machine. The disk's rate is measured twice: through the page cache, and past it as shards are
+written. The set and a file of random bytes are written to a temporary folder beside the results and removed. Writes
+`bench/results/dataset-cpu.json`. OMP_WAIT_POLICY=PASSIVE, which the command line sets, keeps torch's idle threads from
+taking half a core of the flow's rate; the file says what it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -19,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -30,8 +34,9 @@ from bench.__main__ import processor
 from flowfast import GaussianMixture, OUProcess, TeacherDataset, flow_map, time_grid
 from flowfast.dataset.generate import carry_out, make_plan
 from flowfast.dataset.plan import Plan
-from flowfast.dataset.shards import make_rows, row_bytes, write_shard
+from flowfast.dataset.shards import make_shard, row_bytes, shard_memory, write_shard
 from flowfast.dataset.store import LocalStore
+from flowfast.dataset.uncached import new_uncached_file
 from flowfast.experiments.machine import machine, versions
 from flowfast.sampling import sample_rows
 
@@ -67,9 +72,17 @@ def main() -> None:
     console.print(table)
     for name, time_per_row in processor_times.items():
         console.print(f"{name}: {time_per_row:.2f} us of one processor per row", highlight=False)
-    for name, ratio in found["of_the_lower"].items():
-        console.print(f"{name}: {ratio:.1%} of the lower of flow and disk", highlight=False)
-    about = {"processor": processor(), **machine(), "cores": CORES, "load": os.getloadavg(), "versions": versions()}
+    for name, shares in found["shares"].items():
+        said = ", ".join(f"{share:.0%} {limit}" for limit, share in shares.items())
+        console.print(f"{name}: {said}", highlight=False)
+    about: dict[str, Any] = {
+        "processor": processor(),
+        **machine(),
+        "cores": CORES,
+        "load": os.getloadavg(),
+        "versions": versions(),
+    }
+    about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "not set")
     settings = {"rows": plan.rows, "rows_per_shard": plan.rows_per_shard, "rounds": options.rounds}
     file = options.out / "dataset-cpu.json"
     file.write_text(json.dumps({**about, "settings": settings, **found}, indent=1) + "\n")
@@ -80,12 +93,16 @@ def _contenders(plan: Plan, mixture: GaussianMixture, folder: Path) -> dict[str,
     """Calls that give rows per second, in an order in which the reader finds a set."""
     work: dict[str, Callable[[], float]] = {
         f"flow, {torch.get_num_threads()} threads": lambda: _flow(plan, mixture),
-        "disk": lambda: _disk(plan, folder / "random"),
+        "disk, through the page cache": lambda: _disk(plan, lambda: (folder / "random").open("wb")),
+        "disk": lambda: _disk(plan, lambda: new_uncached_file(folder / "random")),
     }
     for workers in (1, CORES, CORES + 1):
         name = f"stored by {workers} processes" if workers > 1 else "stored by this process"
         work[name] = partial(_stored, plan, mixture, folder / "set", workers)
-    return work | {"read, shuffled batches": lambda: _read(folder / "set")}
+    return work | {
+        "read, shuffled batches, from the disk": lambda: _read_again(folder / "set"),
+        "read, shuffled batches": lambda: _read(folder / "set"),
+    }
 
 
 def _in_turns(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -97,28 +114,34 @@ def _in_turns(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
 
 
 def _compared(plan: Plan, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and what share of the lower of flow and disk each way of storing reaches."""
+    """Medians, and what share of the flow's rate and of the disk's each way of storing reaches."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    lower = min(rate for name, rate in medians.items() if name.startswith(("flow", "disk")))
-    shares = {name: rate / lower for name, rate in medians.items() if name.startswith("stored")}
-    return {"bytes_per_row": row_bytes(plan, DIM), "rows_per_second": medians, "all": rates, "of_the_lower": shares}
+    limits = {name: rate for name, rate in medians.items() if name.startswith(("flow", "disk"))}
+    shares = {
+        name: {f"of {limit}": rate / most for limit, most in limits.items()}
+        for name, rate in medians.items()
+        if name.startswith("stored")
+    }
+    return {"bytes_per_row": row_bytes(plan, DIM), "rows_per_second": medians, "all": rates, "shares": shares}
 
 
 def _processor_times(plan: Plan, mixture: GaussianMixture, file: Path, rounds: int) -> dict[str, float]:
     """Least processor microseconds per row, on one thread, of what is done for a shard."""
     threads, n = torch.get_num_threads(), plan.rows_of(0)
     torch.set_num_threads(1)
-    points = torch.empty(2, n, DIM)
-    tensors = make_rows(plan, mixture, 0, points=points)
+    memory = shard_memory(plan, DIM)
+    content = make_shard(plan, mixture, 0, memory=memory).content
     t_from, t_to, x = _starts(plan, mixture)
 
     def write() -> None:
-        with file.open("wb") as stream:
-            write_shard(stream, plan, 0, tensors)
+        with new_uncached_file(file) as stream:
+            write_shard(stream, content)
+        file.unlink()
 
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "the flow alone": (FLOW_ROWS, lambda: flow_map(x, mixture, PROCESS, t_from, t_to)),
-        "starting points and flow": (n, lambda: make_rows(plan, mixture, 0, points=points)),
+        "starting points and flow": (n, lambda: make_shard(plan, mixture, 0, memory=memory)),
+        "hash": (n, lambda: hashlib.sha256(content)),
         "hash and write": (n, write),
     }
     least = dict.fromkeys(work, float("inf"))
@@ -150,22 +173,20 @@ def _flow(plan: Plan, mixture: GaussianMixture) -> float:
     return calls * FLOW_ROWS / passed
 
 
-def _disk(plan: Plan, file: Path) -> float:
-    """As many bytes as the set's, in files of a shard's size, each made durable before the next."""
-    piece = (
-        torch.randint(256, (PIECE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
-    )
+def _disk(plan: Plan, create: Callable[[], BinaryIO]) -> float:
+    """As many bytes as the set's, in files of a shard's size, each made durable and removed before the next."""
+    piece = mmap.mmap(-1, PIECE)
+    piece[:] = os.urandom(PIECE)
     written, total = 0, plan.rows * row_bytes(plan, DIM)
     begin = time.perf_counter()
     while written < total:
-        with file.open("wb") as stream:
+        with create() as stream:
             for _ in range(max(1, plan.rows_per_shard * row_bytes(plan, DIM) // PIECE)):
                 written += stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-    passed = time.perf_counter() - begin
-    file.unlink()
-    return written / row_bytes(plan, DIM) / passed
+            os.unlink(stream.name)
+    return written / row_bytes(plan, DIM) / (time.perf_counter() - begin)
 
 
 def _stored(plan: Plan, mixture: GaussianMixture, folder: Path, workers: int) -> float:
@@ -182,21 +203,32 @@ def _stored(plan: Plan, mixture: GaussianMixture, folder: Path, workers: int) ->
     return (plan.rows - done) / (time.perf_counter() - at)
 
 
+def _read_again(folder: Path) -> float:
+    """Shuffled batches of a set of which nothing is in memory, for a second."""
+    for file in (folder / "shards").iterdir():
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return _batches(TeacherDataset(folder))
+
+
 def _read(folder: Path) -> float:
     """Shuffled batches of a set whose pages are in memory, for a second."""
     data = TeacherDataset(folder)
+    for shard in (folder / "shards").iterdir():
+        with shard.open("rb") as stream:
+            while stream.read(PIECE):
+                pass
+    _batches(data)  # maps the files
+    return _batches(data)
 
-    def batches() -> int:
-        begin, rows = time.perf_counter(), 0
-        for x_from, _, _ in data.batches(BATCH):
-            rows += len(x_from)
-            if time.perf_counter() - begin > 1:
-                break
-        return rows
 
-    batches()  # maps the files and brings their pages in
-    begin = time.perf_counter()
-    return batches() / (time.perf_counter() - begin)
+def _batches(data: TeacherDataset) -> float:
+    begin, rows, passed = time.perf_counter(), 0, 0.0
+    for x_from, _, _ in data.batches(BATCH):
+        rows, passed = rows + len(x_from), time.perf_counter() - begin
+        if passed > 1:
+            break
+    return rows / passed
 
 
 if __name__ == "__main__":

@@ -156,17 +156,9 @@ def hessian_vector_product(
 
 
 def flow_fixed(
-    x: Tensor,
-    means: Tensor,
-    log_weights: Tensor,
-    center: Tensor,
-    ends: Tensor,
-    h: Tensor,
-    coefficients: Tensor,
-    tableau: Tensor,
-    *,
-    form: Literal["automatic", "span", "full"] = "automatic",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, means: Tensor, log_weights: Tensor, center: Tensor, ends: Tensor, h: Tensor, coefficients: Tensor,
+    tableau: Tensor, *, form: Literal["automatic", "span", "full"] = "automatic", out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Integrate m Runge-Kutta steps given by tables.
 
     Args:
@@ -175,6 +167,7 @@ def flow_fixed(
         coefficients: float64 (m, S, 4): a, b, c, r of every stage.
         tableau: float64 (S + 3, S): strictly lower A, nodes, weights, error weights.
         form: state in the span of the means, in full, or whichever is cheaper.
+        out: receives the end points.
 
     Returns:
         End points (n, d) and status int8 (n,): 0 success, 2 non-finite.
@@ -183,10 +176,10 @@ def flow_fixed(
     stages, steps = tableau.shape[1], h.shape[0]
     center, ends, h, coefficients, tableau = _tables(center, ends, h, coefficients, tableau)
     k, means_at, log_weights_at = _mixture(means, log_weights, x.dtype, d)
-    out, status = torch.empty_like(x), torch.empty(n, dtype=torch.int8)
+    out, status = torch.empty_like(x) if out is None else out, torch.empty(n, dtype=torch.int8)
     _function("flow", x.dtype)(
         _address("x", x, x.dtype, (n, d)),
-        out.data_ptr(),
+        _address("out", out, x.dtype, (n, d)),
         means_at,
         log_weights_at,
         _address("center", center, torch.float64, (d,)),
@@ -210,18 +203,10 @@ def flow_fixed(
 
 
 def flow_adaptive(
-    x: Tensor,
-    means: Tensor,
-    log_weights: Tensor,
-    center: Tensor,
-    ends: Tensor,
-    tableau: Tensor,
-    rtol: float,
-    atol: float,
-    max_steps: int,
-    *,
-    form: Literal["automatic", "span", "full"] = "automatic",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, means: Tensor, log_weights: Tensor, center: Tensor, ends: Tensor, tableau: Tensor, rtol: float,
+    atol: float, max_steps: int, *, form: Literal["automatic", "span", "full"] = "automatic",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Integrate dy/dr = mubar(y, r) with an embedded pair and one step size per trajectory.
 
     Args:
@@ -229,6 +214,7 @@ def flow_adaptive(
         ends: float64 (4,) or (4, n): r_from, s_from, r_to, s_to. tableau: float64 (S + 3, S), as in flow_fixed.
         rtol, atol: tolerances on the root mean square of a step's error. max_steps: attempted steps per trajectory.
         form: state in the span of the means, in full, or whichever is cheaper.
+        out: receives the end points.
 
     Returns:
         End points (n, d), status int8 (n,) (0 success, 1 max_steps, 2 non-finite, 3 step underflow), attempted steps
@@ -238,12 +224,12 @@ def flow_adaptive(
     stages = tableau.shape[1]
     center, ends, tableau = _tables(center, ends, tableau)
     k, means_at, log_weights_at = _mixture(means, log_weights, x.dtype, d)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     status = torch.empty(n, dtype=torch.int8)
     steps, evaluations = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
     _function("flow", x.dtype)(
         _address("x", x, x.dtype, (n, d)),
-        out.data_ptr(),
+        _address("out", out, x.dtype, (n, d)),
         means_at,
         log_weights_at,
         _address("center", center, torch.float64, (d,)),
@@ -279,17 +265,19 @@ def diameter(means: Tensor) -> float:
 
 
 def sample(
-    means: Tensor, cumulative: Tensor, alpha: Tensor, std: Tensor, seed: int, first_row: int, n: int
+    means: Tensor, cumulative: Tensor, alpha: Tensor, std: Tensor, seed: int, first_row: int, n: int,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows (n, d) alpha_i mean_c + std_i z: component c and normals z are those of row first_row + i, see philox.py.
 
     Args:
         means: (k, d). cumulative: float64 (k,), sums of weights, the last one at least 1. seed, first_row: below 2^63.
+        out: receives the rows.
     """
     k, d = means.shape
-    out = means.new_empty(n, d)
+    out = means.new_empty(n, d) if out is None else out
     _function("sample", means.dtype)(
-        out.data_ptr(),
+        _address("out", out, means.dtype, (n, d)),
         _address("means", means, means.dtype, (k, d)),
         _address("cumulative", cumulative, torch.float64, (k,)),
         *(_address("alpha", alpha, torch.float64, (), (n,)), alpha.ndim == 1),

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRIES = 3  # of a task whose process or machine dies
+_ANSWER = 10.0  # seconds for a cluster's machine to take a connection; Ray itself would wait for minutes
 _AHEAD = 2  # tasks that wait in the cluster, per task that it can run
 
 
@@ -57,6 +59,7 @@ def connected(address: str | None = None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    _check_answers(address or "local")
     quiet = {"log_to_driver": False, "configure_logging": False}
     try:
         with _own_signals():
@@ -65,11 +68,26 @@ def connected(address: str | None = None) -> Iterator[Any]:
             else:
                 ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): start one") from error
+        raise _unanswered(address, error) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ValueError where nobody listens at "host:port" or "ray://host:port"; Ray looks for other addresses."""
+    host, found, port = address.removeprefix("ray://").rpartition(":")
+    if not (found and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise _unanswered(address, error) from error
+
+
+def _unanswered(address: str | None, error: Exception) -> ValueError:
+    return ValueError(f"engine 'ray': no cluster answers at {address!r} ({error}): start one, or name another")
 
 
 def run_tasks(

@@ -7,14 +7,14 @@ stiffness left (docs/math.md Eq. 6). Integrators see only numbers: the table of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flowfast import backends, flow_operators, operators, reference
 from flowfast.mixture import GaussianMixture
-from flowfast.ops import check_points, check_times, working_dtype
+from flowfast.ops import check_out, check_points, check_times, working_dtype
 from flowfast.process import OUProcess, Times
 from flowfast.tableaux import DORMAND_PRINCE, RK4
 
@@ -55,7 +55,7 @@ class FlowSolution:
 def flow_map(
     x: Tensor, mixture: GaussianMixture, process: OUProcess, t_from: Times, t_to: Times, *,
     method: Method = "snr", steps: int | None = None, rtol: float | None = None, atol: float | None = None,
-    backend: str = "auto",
+    out: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Carry points of time t_from along the probability flow to time t_to: shape, dtype and device of x.
 
@@ -71,6 +71,7 @@ def flow_map(
         rtol, atol: bounds on one step's error in y, root mean square over coordinates. Default 1e-7, 1e-8 in float32
             (median relative error of the end points below 5e-6, mostly float32's own rounding) and 1e-10, 1e-12 in
             float64 (below 1e-9).
+        out: receives the end points and is returned: contiguous, of x's shape, dtype and device, without gradient.
         backend: "auto", "cpp", "triton" or "reference"; only the reference carries gradients (with fixed steps to x,
             means and weights; without, also to std and the times).
 
@@ -84,9 +85,25 @@ def flow_map(
 
     Source: arXiv 2606.03820, section 3.2 (flow, method "paper"); docs/math.md Eq. 6-7 (method "snr").
     """
-    solution = solve_flow(
-        x, mixture, process, t_from, t_to, method=method, steps=steps, rtol=rtol, atol=atol, backend=backend
+    return _arrived(
+        solve_flow(
+            x,
+            mixture,
+            process,
+            t_from,
+            t_to,
+            method=method,
+            steps=steps,
+            rtol=rtol,
+            atol=atol,
+            out=out,
+            backend=backend,
+        )
     )
+
+
+def _arrived(solution: FlowSolution) -> Tensor:
+    """The end points, unless a trajectory failed."""
     failed = (solution.status != reference.SUCCESS) & (solution.status != reference.NON_FINITE)
     if torch.compiler.is_compiling():
         return solution.x.masked_fill(failed[..., None], float("nan"))
@@ -103,10 +120,12 @@ def flow_map(
 def solve_flow(
     x: Tensor, mixture: GaussianMixture, process: OUProcess, t_from: Times, t_to: Times, *,
     method: Method = "snr", steps: int | None = None, rtol: float | None = None, atol: float | None = None,
-    backend: str = "auto",
+    out: Tensor | None = None, backend: str = "auto",
 ) -> FlowSolution:  # fmt: skip
     """The same as `flow_map`, with status, steps and evaluations per trajectory; a failed one raises nothing."""
     rows = check_points(x, mixture)
+    if out is not None:
+        check_out(out, tuple(x.shape), x, mixture)
     if method not in ("snr", "paper"):
         raise ValueError(f"method must be 'snr' or 'paper'; got {method!r}")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
@@ -130,26 +149,60 @@ def solve_flow(
         )
     if fixed and (rtol is not None or atol is not None):
         raise ValueError("rtol and atol have no effect on fixed steps: leave out steps, or the tolerances")
-    start, log_weights = rows.to(dtype).contiguous(), mixture.log_weights.to(dtype).contiguous()
-    center, means = _centred(mixture, dtype, off=method == "paper")
-    shape = x.shape[:-1]
     if fixed:
         ends, h, coefficients = (_paper_table if method == "paper" else _snr_table)(
             mixture, process, t_from, t_to, steps or PAPER_STEPS
         )
         tables = (ends.to(x.device), h, coefficients, RK4)
-        out, status = flow_operators.call("flow_fixed", name, start, means, log_weights, center, *tables)
-        count = torch.full_like(status, len(h), dtype=torch.int32)
-        evaluations = count * RK4.shape[1]
-    else:
-        ends = _ends(x, mixture, process, t_from, t_to)
-        limits = (*_tolerances(dtype, rtol, atol), MOST_STEPS)
-        out, status, count, evaluations = flow_operators.call(
-            "flow_adaptive", name, start, means, log_weights, center, ends, DORMAND_PRINCE, *limits
+        return _solve("flow_fixed", name, x, rows, mixture, tables, out, shifted=method != "paper")
+    limits = (DORMAND_PRINCE, *_tolerances(dtype, rtol, atol), MOST_STEPS)
+    return _solve("flow_adaptive", name, x, rows, mixture, (_ends(x, mixture, process, t_from, t_to), *limits), out)
+
+
+def flow_between(
+    x: Tensor, mixture: GaussianMixture, ends: Tensor, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """`flow_map` of rows whose `grid_ends` are known, at the default tolerances: for many rows of few segments.
+
+    Args:
+        x: (n, d). ends: float64 (4, n), a column of `grid_ends` per row.
+        mixture, out, backend: as in `flow_map`.
+    """
+    rows, name = check_points(x, mixture), backends.choose(backend, x.device)
+    if out is not None:
+        check_out(out, tuple(x.shape), x, mixture)
+    limits = (DORMAND_PRINCE, *_tolerances(working_dtype(x.dtype), None, None), MOST_STEPS)
+    return _arrived(_solve("flow_adaptive", name, x, rows, mixture, (ends, *limits), out))
+
+
+def grid_ends(mixture: GaussianMixture, process: OUProcess, t_from: Tensor, t_to: Tensor) -> Tensor:
+    """r and s where m segments begin and where they end: float64 (4, m), on the mixture's device."""
+    scales = [(process.alpha(t), process.std(t, mixture.std)) for t in (t_from, t_to)]
+    return torch.stack([row.to(mixture.device) for alpha, std in scales for row in (alpha / std, std)])
+
+
+def _solve(
+    op: str, backend: str, x: Tensor, rows: Tensor, mixture: GaussianMixture, tables: tuple[Any, ...],
+    out: Tensor | None, *, shifted: bool = True,
+) -> FlowSolution:  # fmt: skip
+    """Run a flow of `flow_operators` on rows (n, d), the points x, of which `tables` are the remaining arguments."""
+    dtype, shape = working_dtype(x.dtype), x.shape[:-1]
+    start, log_weights = rows.to(dtype).contiguous(), mixture.log_weights.to(dtype).contiguous()
+    center, means = _centred(mixture, dtype, off=not shifted)
+    into = None if out is None or out.dtype != dtype else out.view(rows.shape)
+    found, status, *counts = flow_operators.call(op, backend, start, means, log_weights, center, *tables, out=into)
+    if counts:
+        attempts, evaluations = counts
+    else:  # fixed steps
+        steps, stages = len(tables[1]), RK4.shape[1]
+        attempts, evaluations = (
+            torch.full_like(status, number, dtype=torch.int32) for number in (steps, steps * stages)
         )
-    return FlowSolution(
-        out.reshape(x.shape).to(x.dtype), status.reshape(shape), count.reshape(shape), evaluations.reshape(shape), name
-    )
+    if out is None:
+        out = found.reshape(x.shape).to(x.dtype)
+    elif found is not into:
+        out.copy_(found.reshape(x.shape))
+    return FlowSolution(out, status.reshape(shape), attempts.reshape(shape), evaluations.reshape(shape), backend)
 
 
 def _centred(mixture: GaussianMixture, dtype: torch.dtype, *, off: bool) -> tuple[Tensor, Tensor]:

@@ -51,15 +51,19 @@ OPERATORS = {
 }
 
 
-def call(op: str, backend: str, *arguments: Any) -> Outputs:
+def call(op: str, backend: str, *arguments: Any, out: Tensor | None = None) -> Outputs:
     """Run flow `op` in `backend`: the C++ body directly where nothing could tell, the operator otherwise.
 
-    The reference, and Triton interpreted on CPU tensors, have no operator.
+    The reference, and Triton interpreted on CPU tensors, have no operator. End points may be written to `out`
+    (contiguous, like x), or are another tensor: the caller looks.
     """
     x = arguments[0]
     plain = [argument for argument in arguments if isinstance(argument, Tensor)]
     if backend == "cpp" and operators.unseen(plain):
-        return getattr(_cpp, op)(*arguments)  # type: ignore[no-any-return]
+        body = getattr(_cpp, op)
+        if operators.fit_for_result(out, plain):
+            return body(*arguments, out=out)  # type: ignore[no-any-return]
+        return body(*arguments)  # type: ignore[no-any-return]
     if backend == "cpp" or (backend == "triton" and x.is_cuda):
         return OPERATORS[op](*arguments)
     with backends.full_precision(x.device):

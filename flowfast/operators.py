@@ -88,11 +88,9 @@ def call(op: str, backend: str, tensors: list[Tensor], out: Tensor | None = None
     """
     if backend == "cpp" and unseen(tensors):
         body = getattr(_cpp, op)
-        if out is None or not unseen([out]) or any(_share_memory(out, tensor) for tensor in tensors):
-            return body(*tensors)  # type: ignore[no-any-return]
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # as every operation in place does
-        return body(*tensors, out=out)  # type: ignore[no-any-return]
+        if fit_for_result(out, tensors):
+            return body(*tensors, out=out)  # type: ignore[no-any-return]
+        return body(*tensors)  # type: ignore[no-any-return]
     interpreted = backend == "triton" and tensors[0].is_cpu
     if interpreted and differentiated(*tensors):
         raise ValueError(
@@ -102,6 +100,15 @@ def call(op: str, backend: str, tensors: list[Tensor], out: Tensor | None = None
         with backends.full_precision(tensors[0].device):
             return getattr(backends.body(backend), op)(*(tensor.contiguous() for tensor in tensors))  # type: ignore[no-any-return]
     return OPERATORS[op](*tensors)
+
+
+def fit_for_result(out: Tensor | None, tensors: list[Tensor]) -> bool:
+    """Whether a body may write to `out` directly, which then counts as changed: it is plain memory that none reads."""
+    if out is None or not unseen([out]) or any(_share_memory(out, tensor) for tensor in tensors):
+        return False
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as every operation in place does
+    return True
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -41,7 +41,7 @@ def posterior_weights(
     """
     if out is not None:
         check_points(x, mixture)
-        _check_out(out, (*x.shape[:-1], mixture.n_components), x, mixture)
+        check_out(out, (*x.shape[:-1], mixture.n_components), x, mixture)
     return _pointwise("posterior_weights", x, mixture, backend, out=out)
 
 
@@ -176,7 +176,7 @@ def check_points(x: Tensor, mixture: GaussianMixture) -> Tensor:
     return rows.resolve_neg()  # kernels read the memory, where a lazy negation is not done yet
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, mixture: GaussianMixture) -> None:
+def check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, mixture: GaussianMixture) -> None:
     """Refuse a tensor that cannot take a result of this shape as it is, or that would lose a gradient."""
     expected = f"contiguous {shape} {x.dtype} {x.device}"
     if not isinstance(out, Tensor):

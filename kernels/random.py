@@ -2,8 +2,8 @@
 
 Number j of row i comes from the 128-bit counter (i mod 2^32, i / 2^32, j / 4, 0) under the 64-bit key `seed`, whatever
 the tile, the launch or the GPU. Its four words make four normals: words 0 and 1 the first two, 2 and 3 the others.
-Uniform numbers have 32 bits, so that normals reach 6.7. flowfast/philox.py says the same for the CPU: either changes
-with the other.
+Uniform numbers have 32 bits, so that normals reach 6.7; each is off by at most 8 eps of itself. flowfast/philox.py and
+csrc/normals.hpp say the same for the CPU: one changes with the others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ BLOCK_N, BLOCK_D = 16, 32  # of draw_normals
 
 STEP = tl.constexpr(2.0**-32)
 TURN = tl.constexpr(6.283185307179586 * 2.0**-32)
+LN2 = tl.constexpr(0.6931471805599453)
+ROOT = tl.constexpr(0x3F3504F3)  # bits of sqrt(1/2) in float32
 
 
 @triton.jit
@@ -50,11 +52,33 @@ def unit_circle(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def radius(word, DTYPE: tl.constexpr):
+    """sqrt(-2 log u) for u = (word + 1/2) / 2^32, also where u is close to 1, for which float32 is too coarse.
+
+    With u = 2^e m, sqrt(1/2) <= m < sqrt(2), and s = (m - 1) / (m + 1), log m is a series in s. Where e = 0, m - 1 is
+    formed from the words that are left: -(2^32 - word - 1/2) / 2^32.
+    """
+    if DTYPE == tl.float64:
+        return tl.sqrt(-2.0 * tl.log((word.to(DTYPE) + 0.5) * STEP))
+    else:
+        bits = (word.to(DTYPE) + 0.5).to(tl.int32, bitcast=True) - ROOT
+        exponent = (bits >> 23) - 32
+        above = ((bits & 0x7FFFFF) + ROOT).to(DTYPE, bitcast=True) - 1.0
+        above = tl.where(exponent == 0, ((word ^ 0xFFFFFFFF).to(DTYPE) + 0.5) * -STEP, above)
+        s = above / (above + 2.0)
+        square = s * s
+        series = tl.full(word.shape, 2.0 / 9, DTYPE)
+        for i in tl.static_range(4):
+            series = series * square + 2.0 / (7 - 2 * i)
+        return tl.sqrt(-2.0 * (exponent.to(DTYPE) * LN2 + s * series))
+
+
+@triton.jit
 def normal_pair(first, second, DTYPE: tl.constexpr):
     """Two independent normals from two words."""
-    radius = tl.sqrt(-2.0 * tl.log((first.to(DTYPE) + 0.5) * STEP))
+    length = radius(first, DTYPE)
     across, up = unit_circle(second, DTYPE)
-    return radius * across, radius * up
+    return length * across, length * up
 
 
 @triton.jit

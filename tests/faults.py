@@ -28,8 +28,8 @@ import torch
 
 from flowfast import GaussianMixture, OUProcess, cli, generate_dataset
 from flowfast.dataset import engines
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.generate import carry_out, make_plan
-from flowfast.dataset.store import open_store
 from flowfast.rank import Rank
 
 TESTS = Path(__file__).parent

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 import flowfast
 from flowfast import GaussianMixture, OUProcess, flow_map, solve_flow
+from flowfast.flow import flow_between, grid_ends
 from flowfast.tableaux import DORMAND_PRINCE, RK4
 
 PROCESS = OUProcess(5.0)
@@ -268,3 +269,38 @@ def test_tableaux_satisfy_their_order_conditions() -> None:
         assert float(b @ a @ nodes**2) == pytest.approx(1 / 12, abs=1e-14)
         assert float(b @ a @ a @ nodes) == pytest.approx(1 / 24, abs=1e-14)
         assert float(error.sum()) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [None, 3])
+def test_end_points_go_to_out(backend: str, dtype: torch.dtype, steps: int | None) -> None:
+    mixture = _paper(1.0, torch.float32)
+    for shape in ((2, 3), (), (0,)):
+        x = _start(mixture, 0.5, math.prod(shape)).to(dtype).reshape(*shape, 64)
+        exact = flow_map(x, mixture, PROCESS, 0.5, 0.4, steps=steps, backend=backend)
+        out = torch.full_like(exact, float("nan"))
+        version = out._version
+        assert flow_map(x, mixture, PROCESS, 0.5, 0.4, steps=steps, out=out, backend=backend) is out
+        assert out.equal(exact) and out._version > version
+        assert flow_map(x, mixture, PROCESS, 0.5, 0.4, steps=steps, out=x, backend=backend) is x and x.equal(exact)
+
+
+def test_out_that_does_not_fit_is_refused() -> None:
+    mixture = _paper(1.0)
+    x = _start(mixture, 0.5, 4)
+    for wrong in (x[:3].clone(), x.float(), x.T.contiguous().T):
+        with pytest.raises(ValueError, match="out must be"):
+            flow_map(x, mixture, PROCESS, 0.5, 0.4, out=wrong)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_ends_are_the_flow_of_their_times(backend: str) -> None:
+    mixture, times = _paper(0.1), torch.tensor([1.0, 0.4, 0.1, 0.0], dtype=torch.float64)
+    segment = torch.tensor([2, 0, 1, 0, 2])
+    x = torch.cat([_start(mixture, float(times[i]), 1, seed=int(i)) for i in segment])
+    ends = grid_ends(mixture, PROCESS, times[:-1], times[1:])[:, segment]
+    exact = flow_map(x, mixture, PROCESS, times[segment], times[segment + 1], backend=backend)
+    assert flow_between(x, mixture, ends, backend=backend).equal(exact)
+    out = torch.empty_like(x)
+    assert flow_between(x, mixture, ends, out=out, backend=backend) is out and out.equal(exact)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from cluster_tasks import fragile
 from tiny_tables import KILLED, tiny_tables  # noqa: F401  (a fixture)
 
-from flowfast import GaussianMixture, OUProcess, cluster, generate_dataset, time_grid
+from flowfast import GaussianMixture, OUProcess, cli, cluster, generate_dataset, time_grid
 from flowfast.cluster import Answer
 from flowfast.dataset.generate import ShardsFailed
 from flowfast.experiments.paper import reproduce
@@ -175,3 +176,28 @@ def test_what_is_missing_is_said_with_the_command_that_mends_it(
         with pytest.raises(ValueError, match=r"pip install 'flowfast\[cluster\]'"):
             call()
     assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"  # nobody listens there any more
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    said = f"engine 'ray': no cluster answers at '{address}' .*: start one, or name another"
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=said):
+        generate_dataset(MIXTURE, PROCESS, TIMES, 10, out / "set", engine="ray")
+    for named in (address, f"ray://{address}", None):
+        with pytest.raises(ValueError, match=said.replace("'127", "'(ray://)?127")):
+            reproduce(KILLED, out / "tables", engine="ray", address=named)
+    MIXTURE.save(tmp_path / "mixture.safetensors")
+    call = f"generate --means {tmp_path}/mixture.safetensors --rows 10 --out {out}/set --engine ray"
+    assert cli.main(call.split()) == 2
+    assert f"--engine 'ray': no cluster answers at '{address}'" in capsys.readouterr().err
+    assert not list(out.iterdir()), "nothing was written"
+    monkeypatch.delenv("RAY_ADDRESS")
+    generate_dataset(MIXTURE, PROCESS, TIMES, 10, out / "set")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    generate_dataset(MIXTURE, PROCESS, TIMES, 10, out / "set", engine="ray")  # complete: no cluster is asked

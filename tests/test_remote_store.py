@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ import pytest
 from fault_store import FaultyMemory, faulty_memory
 from faults import digests, generate
 
-from flowfast import GaussianMixture, OUProcess, cli, generate_dataset
+from flowfast import (
+    GaussianMixture,
+    OUProcess,
+    TeacherDataset,
+    cli,
+    export_dataset,
+    generate_dataset,
+    verify_dataset,
+)
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.remote_store import RemoteStore
-from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, write_file
 
 ADDRESS = "faulty://bucket/set"
 
@@ -136,6 +146,26 @@ def test_the_command_line_takes_an_address(
     assert _stored(memory) == digests(tmp_path / "set")
     with pytest.raises(ValueError, match="path must be a local folder"):
         generate_dataset(GaussianMixture.random(3, 4), OUProcess(5.0), (1.0, 0.0), 12, ADDRESS)
+
+
+def test_what_reads_a_set_says_how_to_copy_it(
+    memory: type[FaultyMemory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate(ADDRESS)
+    for read in (TeacherDataset, verify_dataset, export_dataset):
+        with pytest.raises(ValueError, match="set is not on this machine: copy it and read set: python -c") as caught:
+            read(ADDRESS)
+    for call in (["verify", ADDRESS], ["export", ADDRESS], ["distill", "--data", ADDRESS, "--out", "job"]):
+        assert cli.main(call) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(caught.value) in said
+    assert not list(tmp_path.iterdir())
+    found = re.search('python -c "(.*)"$', str(caught.value))
+    assert found is not None
+    exec(found[1])
+    assert verify_dataset("set").ok and verify_dataset(f"file://{tmp_path}/set").folder == tmp_path / "set"
+    assert _stored(memory) == digests(tmp_path / "set")
 
 
 def test_addresses_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

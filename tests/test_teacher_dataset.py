@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from flowfast import GaussianMixture, OUProcess, TeacherDataset, generate_dataset
+from flowfast.dataset import batches
 from flowfast.dataset.batches import _Order
 from flowfast.dataset.plan import RandomTimes
 
@@ -201,3 +203,48 @@ def test_as_an_ordinary_torch_data_set(folder):
 def test_wrong_reads(folder, call, kind, says):
     with pytest.raises(kind, match=says):
         call(TeacherDataset(folder))
+
+
+class _AtOnce:
+    """An executor that does not wait."""
+
+    def __init__(self, workers):
+        assert workers == 1
+
+    def submit(self, call, *arguments):
+        call(*arguments)
+
+    def shutdown(self, **how):
+        assert how == {"wait": False, "cancel_futures": True}
+
+
+@pytest.mark.parametrize(("worker", "workers"), [(0, 1), (0, 3), (2, 3)])
+def test_the_next_window_is_read_ahead(folder, monkeypatch, worker, workers):
+    """Every file once, in the order in which windows come, no earlier than the window before begins."""
+    monkeypatch.setattr(batches, "ThreadPoolExecutor", _AtOnce)
+    monkeypatch.setattr(batches, "WINDOW", 2)
+    monkeypatch.setattr(batches, "_worker", lambda: (worker, workers))
+    data, seen = TeacherDataset(folder), []
+    monkeypatch.setattr(data, "read_ahead", seen.append)
+    shards = _Order(ROWS, PER_SHARD, seed=1, epoch=0).shards
+    windows = [shards(window)[worker::workers] for window in range(5)]
+    assert windows[4] == [] and sorted(shards(0) + shards(1) + shards(2) + shards(3)) == list(range(7))
+    epoch = data.batches(4, seed=1)
+    for rows, _ in zip(epoch.rows(), epoch, strict=True):
+        current = max(window for window in range(4) if set((rows // PER_SHARD).tolist()) & set(shards(window)))
+        assert seen == [shard for window in windows[: current + 2] for shard in window]
+    assert seen == [shard for window in windows for shard in window]
+
+
+def test_reading_ahead_reads_a_file_whole_and_minds_no_harm(folder, tmp_path, monkeypatch):
+    data, read, send = TeacherDataset(shutil.copytree(folder, tmp_path / "set")), [], os.sendfile
+    path = data.folder / "shards" / "shard-00000002.safetensors"
+    size = path.stat().st_size
+    monkeypatch.setattr(os, "sendfile", lambda *where: read.append(send(*where)) or read[-1])
+    data.read_ahead(2)
+    assert sum(read) == size
+    path.unlink()
+    data.read_ahead(2)
+    path.symlink_to("/dev/zero")  # a link is not followed: this one has no end
+    data.read_ahead(2)
+    assert sum(read) == size

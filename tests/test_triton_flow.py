@@ -1,4 +1,4 @@
-"""Triton flows against the reference, drawn starts against a model of Philox: interpreted, or compiled (make gpu)."""
+"""Triton flows against the reference, drawn starts against given ones: interpreted, or compiled (make gpu)."""
 
 from __future__ import annotations
 
@@ -280,54 +280,6 @@ def test_means_that_coincide_take_one_step() -> None:
     arguments = _problem(3, 4, 2, torch.float64)
     arguments["means"] = torch.zeros_like(arguments["means"])
     assert (_agree(arguments)[2] == 1).all()
-
-
-# A model of Philox4x32-10 (Salmon et al. 2011) in uint64 arithmetic, and of the transform to normals in float64.
-def _philox(seed: int, row: int, quarter: int) -> list[int]:
-    counter = [row & 0xFFFFFFFF, row >> 32, quarter, 0]
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        one, two = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            (two >> 32) ^ counter[1] ^ key[0],
-            two & 0xFFFFFFFF,
-            (one >> 32) ^ counter[3] ^ key[1],
-            one & 0xFFFFFFFF,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter
-
-
-def _normal(seed: int, row: int, j: int) -> float:
-    words = _philox(seed, row, j // 4)
-    first, second = words[j % 4 // 2 * 2 : j % 4 // 2 * 2 + 2]
-    radius, angle = math.sqrt(-2 * math.log((first + 0.5) / 2**32)), 2 * math.pi * second / 2**32
-    return radius * (math.sin(angle) if j % 2 else math.cos(angle))
-
-
-def test_philox_model_knows_the_published_answers() -> None:
-    """kat_vectors of the Random123 library, for key and counter of zeros, and of ones in the words we use."""
-    assert _philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normals_are_those_of_the_model(dtype: torch.dtype) -> None:
-    for seed, first_row in ((0, 0), (0x123456789ABCDEF, 2**33 + 5)):
-        got = draw_normals(3, 37, seed, first_row, dtype=dtype, device=torch.device(DEVICE)).cpu()
-        exact = torch.tensor(
-            [[_normal(seed, first_row + i, j) for j in range(37)] for i in range(3)], dtype=torch.float64
-        )
-        assert float((got.double() - exact).abs().max()) <= 8 * torch.finfo(dtype).eps * float(exact.abs().max())
-
-
-def test_normals_do_not_depend_on_the_launch() -> None:
-    whole, part = (
-        draw_normals(n, 10, 7, first, dtype=torch.float32, device=torch.device(DEVICE))
-        for n, first in ((40, 0), (9, 21))
-    )
-    assert part.equal(whole[21:30])
-    many = draw_normals(1000, 32, 3, 0, dtype=torch.float32, device=torch.device(DEVICE)).double()
-    assert abs(float(many.mean())) < 0.03 and abs(float(many.var()) - 1) < 0.04  # five standard deviations
 
 
 @pytest.mark.parametrize("form", ["span", "full", "host"])

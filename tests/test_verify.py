@@ -311,8 +311,14 @@ def test_another_kernel_replaces_only_what_the_receipt_vouches_for(folder, monke
     found = verify_dataset(folder, repair=True)
     assert found.ok and "kernel is not this machine's" in found.notes[0] and contents(folder) == before
 
-    make = repair.make_rows
-    monkeypatch.setattr(repair, "make_rows", lambda *args: {name: tensor + 1 for name, tensor in make(*args).items()})
+    make = repair.make_shard
+
+    def otherwise(*arguments):
+        shard = make(*arguments)
+        shard.tensors["x_to"].add_(1)
+        return shard
+
+    monkeypatch.setattr(repair, "make_shard", otherwise)
     for harm in (_cut(-1), _remove(S1)):  # with a receipt that says otherwise
         harm(folder, folder)
         harmed = contents(folder)

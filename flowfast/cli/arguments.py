@@ -17,7 +17,7 @@ OPTIONS = {
 }
 OPTIONS |= {"grids": "grid", "grid": "grid", "kind": "grid", "means": "means", "weights": "means"}
 OPTIONS |= {"path": "out", "workers": "workers", "dtype": "dtype", "rows_per_shard": "rows-per-shard"}
-OPTIONS |= {name: name for name in ("t", "eps", "blocks")} | {"t_from": "t-to"}
+OPTIONS |= {name: name for name in ("engine", "t", "eps", "blocks")} | {"t_from": "t-to"}
 OPTIONS |= {"image_shape": "image-shape", "evaluation_rows": "evaluation-rows"}
 
 

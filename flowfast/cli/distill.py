@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 from flowfast import backends
@@ -50,7 +49,7 @@ def distill(command: Distill) -> int:
     return _job(command, mixture, process, _with_images(command, settings, mixture))
 
 
-def _distill_stored(command: Distill, folder: Path) -> int:
+def _distill_stored(command: Distill, folder: str) -> int:
     for name in DECIDED:
         if getattr(command, name) != getattr(Distill(out=command.out), name):
             raise UsageError(f"--{name} cannot be given with --data: the teacher set decides it")
@@ -59,7 +58,7 @@ def _distill_stored(command: Distill, folder: Path) -> int:
         if data.plan.times is None or not data.pairs_per_segment:
             raise ValueError(f"{folder} must have a time grid and a row per segment: generate such a set")
         settings = JobSettings(
-            name=folder.resolve().name,
+            name=data.folder.resolve().name,
             segments=data.n_segments,
             grids=(STORED,),
             rows=data.pairs_per_segment,

@@ -15,21 +15,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flowfast.cli.estimate import estimate, sentence
 from flowfast.cli.jobs import cores
 from flowfast.cli.options import Generate
-from flowfast.dataset.generate import carry_out, check_claim, make_plan
+from flowfast.dataset.addresses import open_store
+from flowfast.dataset.generate import carry_out, make_plan
 from flowfast.dataset.plan import DTYPES, Plan, RandomTimes
-from flowfast.dataset.receipts import missing_shards
-from flowfast.dataset.shards import make_rows, row_bytes
-from flowfast.dataset.store import Store, open_store
+from flowfast.dataset.shards import row_bytes
 from flowfast.grids import time_grid
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
 from flowfast.rank import Rank
-from flowfast.report.numbers import seconds
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal to draw a bar on
-_TRIAL_SECONDS, _TRIAL_ROWS, _TRIAL_MOST = 0.5, 1_024, 2**20  # of --dry-run: long enough, first and last number of rows
 
 
 def planned(command: Generate, mixture: GaussianMixture) -> Plan:
@@ -79,9 +77,8 @@ def run(command: Generate, plan: Plan, mixture: GaussianMixture) -> dict[str, An
         "rows_per_shard": plan.rows_per_shard,
     }
     if command.dry_run:
-        facts |= _estimate(store, plan, mixture, workers * rank.world)
-        said = "{rows:,} rows in {shards:,} shards, {bytes:,} bytes; {missing:,} shards are missing".format(**facts)
-        said += f", about {seconds(60 * facts['minutes'])} of computing; free bytes: {facts['free_bytes'] or 'unknown'}"
+        facts |= estimate(store, plan, mixture, workers * rank.world)
+        said = sentence(facts)
     else:
         begin = time.perf_counter()
         with _terminable(), watch(per_row) as progress:
@@ -101,27 +98,6 @@ def _workers(plan: Plan, rank: Rank) -> int:
     While one waits for the disk to have its shard, another computes.
     """
     return 1 if rank.world > 1 or plan.kernel.backend == "triton" else min(cores() + 1, plan.n_shards)
-
-
-def _estimate(store: Store, plan: Plan, mixture: GaussianMixture, workers: int) -> dict[str, Any]:
-    """Missing shards, free space and minutes, from a trial of about half a second on one thread; nothing is written."""
-    missing = missing_shards(store, plan).count(1) if check_claim(store, plan) else plan.n_shards
-    mixture, threads, rows, taken = mixture.to(DTYPES[plan.dtype]), torch.get_num_threads(), _TRIAL_ROWS, 0.0
-    torch.set_num_threads(1)
-    try:
-        while taken < _TRIAL_SECONDS and rows < _TRIAL_MOST:
-            rows *= 2
-            begin = time.perf_counter()
-            make_rows(dataclasses.replace(plan, rows=rows, rows_per_shard=rows), mixture, 0)
-            taken = time.perf_counter() - begin
-    finally:
-        torch.set_num_threads(threads)
-    left = min(plan.rows, missing * plan.rows_per_shard)
-    return {
-        "missing": missing,
-        "free_bytes": store.free_bytes(),
-        "minutes": left * taken / rows / min(workers, cores()) / 60,
-    }
 
 
 @contextmanager

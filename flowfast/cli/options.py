@@ -16,6 +16,7 @@ Tables = Annotated[tuple[int, ...], arg(metavar="NUMBER [NUMBER ...]")]
 Teachers = Annotated[tuple[str, ...], arg(metavar="TEACHER [TEACHER]")]
 Filters = Annotated[tuple[str, ...], arg(metavar="FILTER [FILTER ...]")]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
+SetFolder = Positional[Annotated[str, arg(metavar="FOLDER")]]  # text: a Path would spoil the address of a remote store
 Plot = Annotated[tuple[Path, ...] | None, arg(metavar="[FILE]")]
 
 
@@ -81,7 +82,7 @@ class Distill(JobOptions):
     """Means (k, d) as .npy or .csv, or a mixture as .npz or .safetensors (means, std, weights)."""
     std: float | None = None
     """Standard deviation of every component; none takes the file's."""
-    data: Path | None = None
+    data: str | None = None
     """Teacher set made by `flowfast generate`, in place of --means: its mixture, process, time grid and pairs."""
     image_shape: ImageShape = None
     """Show samples as grey images of this shape."""
@@ -152,7 +153,7 @@ class Generate(MixtureFile):
     workers: int | None = None
     """Processes of one thread each; 1 computes in this one on all threads. None chooses."""
     dry_run: bool = False
-    """Say what would be stored and how long it would take; write nothing."""
+    """Say what would be stored, how long it would take, and what decides that; store nothing."""
     json: bool = False
     """Print what was done as JSON on stdout, and nothing else there."""
 
@@ -161,7 +162,7 @@ class Generate(MixtureFile):
 class Verify:
     """Read a teacher set and compare every file with its receipt. Exit code 1 when something is wrong."""
 
-    folder: Folder
+    folder: SetFolder
     """Folder of the set."""
     repair: bool = False
     """Make bad and missing shards again, the same bytes, and remove unfinished files."""
@@ -175,7 +176,7 @@ class Verify:
 class Export:
     """Write a teacher set in a format that other programs read."""
 
-    folder: Folder
+    folder: SetFolder
     """Folder of the set."""
     format: Literal["parquet", "npy"] = "parquet"
     """One Parquet file (needs pyarrow), or a folder of .npy arrays."""

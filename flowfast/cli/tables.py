@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,16 @@ def console() -> Console:
     """A console on stdout, wide enough for every table when the output goes to a file."""
     out = Console(file=sys.stdout, highlight=False)
     return out if out.is_terminal else Console(file=sys.stdout, highlight=False, width=120)
+
+
+def of_numbers(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]], *, caption: str | None = None) -> Table:
+    """A table whose columns all hold numbers, aligned on the right."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def _score_net(options: ScoreNet) -> Numbers:
 def _score_net_tables(numbers: Numbers) -> list[Table]:
     found = []
     for one in numbers["times"]:
-        table = _table(
+        table = tables.of_numbers(
             f"Theorem 1: {_place(numbers)}, t = {short(one['t'])}; {numbers['points']:,} fresh points",
             ("eps", "relative L² error", "depth", "width", "largest weight", "weights ≠ 0", "weights in all"),
             [
@@ -98,7 +98,7 @@ def _composition_tables(numbers: Numbers) -> list[Table]:
     found = []
     for one in numbers["windows"]:
         place = f"{_place(numbers)}, t from {short(one['t_from'])} to {short(one['t_to'])}"
-        built = _table(
+        built = tables.of_numbers(
             f"Theorem 3: {place}; {numbers['points']:,} fresh points",
             ("blocks N", "eps", "relative L² error", "median", "bound", "depth", "weights ≠ 0"),
             [
@@ -113,7 +113,7 @@ def _composition_tables(numbers: Numbers) -> list[Table]:
             f"at the smallest eps the error falls like N^−{number(rates['error'])}, the median like "
             f"N^−{number(rates['median'])}"
         )
-        learned = _table(
+        learned = tables.of_numbers(
             f"The same with learned blocks, {numbers['steps']:,} steps each",
             ("blocks N", "learned", "error of the scores", "relative L² error", "median"),
             [
@@ -138,15 +138,6 @@ def _place(numbers: Numbers) -> str:
 def _power(log10: float) -> str:
     """A number given by its decimal logarithm, however large."""
     return number(10**log10) if abs(log10) < 6 else f"10{str(round(log10)).translate(SUPERSCRIPTS)}"
-
-
-def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for head in heads:
-        table.add_column(head, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _stability(options: PredictStability) -> Numbers:

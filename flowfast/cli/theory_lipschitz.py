@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from flowfast.cli import tables
 from flowfast.cli.options import UsageError
 from flowfast.cli.theory_options import Lipschitz
 from flowfast.mixture import GaussianMixture
@@ -84,28 +85,13 @@ def show(numbers: Numbers) -> list[Table]:
     """The flow, its last stretch and the whole of it; networks, their budgets and the trained students."""
     rows = numbers["rows"]
     title = f"Window [0, {number(rows[0]['window'])}], D = {number(rows[0]['diameter'])}, {numbers['points']:,} points"
-    flow = Table(title=title, title_justify="left", caption=NOTE, caption_justify="left")
-    for head in (
-        "sigma0",
-        "flow: mean",
-        "largest",
-        "between means",
-        "signed bound",
-        "paper's bound",
-        "its lower bound",
-    ):
-        flow.add_column(head, justify="right")
-    for row in rows:
-        measured = row["flow"]
-        values = (measured["mean"], measured["largest"], measured["between"])
-        flow.add_row(short(row["sigma0"]), *map(_cell, (*values, row["signed"], row["exponent"], row["lower_bound"])))
+    shown = {"flow: mean": "mean", "largest": "largest", "between means": "between", "signed bound": "signed"}
+    shown |= {"paper's bound": "exponent", "its lower bound": "lower_bound"}
+    cells = (_cells(row, row | row["flow"], shown.values()) for row in rows)
+    flow = tables.of_numbers(title, ("sigma0", *shown), cells, caption=NOTE)
     title = f"The whole flow, from t = {short(numbers['horizon'])}"
-    whole = Table(title=title, title_justify="left")
-    for head in ("sigma0", "flow: mean", "largest", "signed bound", "paper's bound"):
-        whole.add_column(head, justify="right")
-    for row in rows:
-        names = ("mean", "largest", "signed", "exponent")
-        whole.add_row(short(row["sigma0"]), *(_cell(row["whole"][name]) for name in names))
+    shown = {"flow: mean": "mean", "largest": "largest", "signed bound": "signed", "paper's bound": "exponent"}
+    whole = tables.of_numbers(title, ("sigma0", *shown), (_cells(row, row["whole"], shown.values()) for row in rows))
     return [flow, whole, _networks(numbers)]
 
 
@@ -116,18 +102,16 @@ def _networks(numbers: Numbers) -> Table:
         f"{short(numbers['bound'])}: budget {_cell(first['budget'])}, sigma* = {_cell(first['threshold'])} "
         f"(exact exponent: {_cell(first['exact_threshold'])})"
     )
-    table = Table(title=title, title_justify="left")
     heads = ("sigma0", "paper's bound", "budget", "unfavourable")
     trained = ("layers' product", "student: mean", "largest", "relative sq. error") if numbers["steps"] else ()
-    for head in (*heads, *trained):
-        table.add_column(head, justify="right")
+    rows = []
     for row in numbers["rows"]:
         verdict = "yes" if row["unfavourable"] else "no"
         cells = [short(row["sigma0"]), _cell(row["exponent"]), _cell(row["budget"]), verdict]
         if row["student"] is not None:
             cells += [_cell(row["student"][name]) for name in ("layers", "mean", "largest", "error")]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return tables.of_numbers(title, (*heads, *trained), rows)
 
 
 def _check(options: Lipschitz) -> None:
@@ -145,6 +129,10 @@ def _check(options: Lipschitz) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(row: Numbers, numbers: Numbers, names: Iterable[str]) -> list[str]:
+    return [short(row["sigma0"]), *(_cell(numbers[name]) for name in names)]
 
 
 def _cell(value: float | None) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from rich.table import Table
 
+from flowfast.cli import tables
 from flowfast.cli.theory_options import PredictStability
 from flowfast.experiments.composition.curves import curves
 from flowfast.experiments.composition.ingredients import ingredients
@@ -56,16 +58,15 @@ def measure(mixture: GaussianMixture, options: PredictStability) -> list[dict[st
 
 def show(numbers: Mapping[str, Any]) -> list[Table]:
     """A table per grid, a row per segment, from noise to data."""
-    tables = []
-    for grid in numbers["grids"]:
-        table = Table(
-            title=f"{grid['kind']} grid: k = {numbers['components']}, d = {numbers['dim']}, "
-            f"std = {short(numbers['std'])}; {numbers['points']:,} points",
-            title_justify="left",
+    return [
+        tables.of_numbers(
+            f"{grid['kind']} grid: k = {numbers['components']}, d = {numbers['dim']}, std = {short(numbers['std'])}; "
+            f"{numbers['points']:,} points",
+            ("from t", "to t", *COLUMNS.values()),
+            (
+                (*(f"{t:.4f}" for t in ends), *(f"{grid[name][i]:.3g}" for name in COLUMNS))
+                for i, ends in enumerate(pairwise(grid["times"]))
+            ),
         )
-        for heading in ("from t", "to t", *COLUMNS.values()):
-            table.add_column(heading, justify="right")
-        for i, ends in enumerate(zip(grid["times"][:-1], grid["times"][1:], strict=True)):
-            table.add_row(*(f"{t:.4f}" for t in ends), *(f"{grid[name][i]:.3g}" for name in COLUMNS))
-        tables.append(table)
-    return tables
+        for grid in numbers["grids"]
+    ]

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -15,13 +16,15 @@ from typing import Any
 
 import torch
 
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.maker import Maker
-from flowfast.dataset.receipts import sweep
-from flowfast.dataset.store import StorageError, Store, open_store
+from flowfast.dataset.receipts import Receipt, sweep
+from flowfast.dataset.store import StorageError, Store
 
 Tell = Callable[[int], None]  # of rows made since the last call; negative when rows are lost with their worker
 
 TRIES = 3  # of a shard whose workers die
+_HANDS = 8  # threads that hash and write, at most: each holds a shard in memory
 _PATIENCE = 3.0  # seconds for a worker to end when it is told to
 _START = "spawn"  # how processes start: a fork would inherit torch's threads half-way through something
 _END = b""  # instead of a number: there are no more shards
@@ -36,7 +39,7 @@ class SetAside:
 
 
 def run_here(store: Store, shards: Iterable[int], tell: Tell) -> list[SetAside]:
-    """Make shards in this process, with torch's threads.
+    """Make shards in this process, with torch's threads; while one is computed, others are hashed and written.
 
     Returns:
         Shards with a trajectory that failed; all others are made.
@@ -44,12 +47,18 @@ def run_here(store: Store, shards: Iterable[int], tell: Tell) -> list[SetAside]:
     Raises:
         StorageError: files cannot be written.
     """
-    maker, failed = Maker(store), []
-    for shard in shards:
-        try:
-            maker.make(shard, tell)
-        except RuntimeError as error:
-            failed.append(SetAside(shard, str(error)))
+    maker, failed, kept = Maker(store), [], collections.deque[Future[Receipt]]()
+    most = min(torch.get_num_threads(), _HANDS)
+    with ThreadPoolExecutor(most) as hands:
+        for shard in shards:
+            if len(kept) == most:
+                kept.popleft().result()
+            try:
+                kept.append(hands.submit(maker.compute(shard, tell)))
+            except RuntimeError as error:
+                failed.append(SetAside(shard, str(error)))
+        for each in kept:
+            each.result()
     return failed
 
 

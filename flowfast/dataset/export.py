@@ -45,7 +45,7 @@ def export_dataset(
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}; got {format!r}")
     data = TeacherDataset(path)
-    folder = Path(path).resolve()
+    folder = data.folder.resolve()
     suffix = ".parquet" if format == "parquet" else "-npy"
     place = folder.with_name(f"{folder.name}{suffix}") if out is None else Path(out)
     if place.exists():

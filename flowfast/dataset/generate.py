@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from flowfast import cluster
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.engines import SetAside, Tell, run_here, run_pool
 from flowfast.dataset.identity import kernel_here, read_mixture, write_mixture
 from flowfast.dataset.maker import read_plan
 from flowfast.dataset.plan import DTYPES, MIXTURE, PLAN, Plan, RandomTimes, grid_times, mixture_digest
 from flowfast.dataset.receipts import MANIFEST, missing_shards, sweep, write_manifest
 from flowfast.dataset.shards import row_bytes
-from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, open_store, refusals, write_file
+from flowfast.dataset.store import LocalStore, StorageError, Store, is_part, refusals, write_file
 from flowfast.dataset.teacher_dataset import TeacherDataset
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
@@ -174,12 +176,13 @@ def carry_out(
     rank = rank or Rank()
     missing = missing_shards(store, plan) if check_claim(store, plan) else bytearray(b"\1") * plan.n_shards
     check_space(store, plan, mixture.dim, missing.count(1))
-    claim(store, plan, mixture.to(DTYPES[plan.dtype]))
-    sweep(store, complete=False)
     shards = array("L", (i for i in range(rank.rank, plan.n_shards, rank.world) if missing[i]))
-    whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
-    tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
-    failed = _run(store, shards, workers, engine, tell)
+    with cluster.connected() if engine == "ray" and shards else nullcontext():  # or refused before anything is written
+        claim(store, plan, mixture.to(DTYPES[plan.dtype]))
+        sweep(store, complete=False)
+        whole = sum(plan.rows_of(i) for i in range(rank.rank, plan.n_shards, rank.world))
+        tell = _counter(whole - sum(map(plan.rows_of, shards)), whole, progress)
+        failed = _run(store, shards, workers, engine, tell)
     if failed:
         raise ShardsFailed(failed)
     left = missing_shards(store, plan).count(1)

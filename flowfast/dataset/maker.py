@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
-import torch
-
 from flowfast.dataset.identity import check_kernel, device_of, read_mixture
-from flowfast.dataset.plan import DTYPES, MOST_PLAN_BYTES, PLAN, Plan
+from flowfast.dataset.plan import MOST_PLAN_BYTES, PLAN, Plan
 from flowfast.dataset.receipts import Receipt, read_receipt, receipt_name
-from flowfast.dataset.shards import make_rows, shard_name, write_shard
+from flowfast.dataset.shards import make_shard, shard_memory, shard_name, write_shard
 from flowfast.dataset.store import Store, new_file, refusals, write_file
 
 
@@ -27,8 +26,7 @@ class Maker:
         self.store, self.plan = store, read_plan(store)
         check_kernel(self.plan)
         self.mixture = read_mixture(store, self.plan).to(device_of(self.plan))
-        # New memory for every shard would be a third of the time of making its rows.
-        self._points = torch.empty(2, self.plan.rows_of(0), self.mixture.dim, dtype=DTYPES[self.plan.dtype])
+        self._memories: list[mmap.mmap] = []  # new memory for every shard would be a third of the time of making it
 
     def make(self, shard: int, tick: Callable[[int], None] | None = None) -> Receipt:
         """Make one shard, durably, and then its receipt; one that someone else has finished meanwhile is taken.
@@ -39,22 +37,35 @@ class Maker:
         Raises:
             RuntimeError: a trajectory failed. StorageError: a file cannot be written; nothing of it is left.
         """
+        return self.compute(shard, tick)()
+
+    def compute(self, shard: int, tick: Callable[[int], None] | None = None) -> Callable[[], Receipt]:
+        """The first half of `make`: rows in memory. What it returns, called once, on any thread, is the second half."""
         store, plan = self.store, self.plan
         found = read_receipt(store, plan, shard)
         if found is not None:
             if tick is not None:
                 tick(found.rows)
-            return found
-        tensors = make_rows(plan, self.mixture, shard, tick, points=self._points)
-        found = read_receipt(store, plan, shard)
-        if found is not None:
-            return found
-        with refusals(store):
-            with new_file(store, shard_name(shard)) as stream:
-                size, sha256 = write_shard(stream, plan, shard, tensors)
-            receipt = Receipt(shard, plan.rows_of(shard), size, sha256, plan.digest())
-            write_file(store, receipt_name(shard), receipt.dump())
-        return receipt
+            return lambda: found
+        memory = self._memories.pop() if self._memories else shard_memory(plan, self.mixture.dim)
+        content = make_shard(plan, self.mixture, shard, tick, memory=memory).content
+
+        def keep() -> Receipt:
+            receipt = read_receipt(store, plan, shard) or _keep(store, plan, shard, content)
+            self._memories.append(memory)
+            return receipt
+
+        return keep
+
+
+def _keep(store: Store, plan: Plan, shard: int, content: memoryview) -> Receipt:
+    """Store a shard and its receipt."""
+    with refusals(store):
+        with new_file(store, shard_name(shard)) as stream:
+            sha256 = write_shard(stream, content)
+        receipt = Receipt(shard, plan.rows_of(shard), len(content), sha256, plan.digest())
+        write_file(store, receipt_name(shard), receipt.dump())
+    return receipt
 
 
 def read_plan(store: Store) -> Plan:

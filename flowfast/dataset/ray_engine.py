@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from flowfast import cluster
+from flowfast.dataset.addresses import open_store
 from flowfast.dataset.engines import SetAside, Tell
 from flowfast.dataset.maker import Maker, read_plan
 from flowfast.dataset.receipts import sweep
-from flowfast.dataset.store import StorageError, Store, open_store
+from flowfast.dataset.store import StorageError, Store
 
 
 def run_ray(store: Store, shards: Sequence[int], tell: Tell) -> list[SetAside]:

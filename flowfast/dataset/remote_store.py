@@ -42,9 +42,11 @@ class RemoteStore:
         try:
             files, root = fsspec.url_to_fs(address)
         except ImportError as error:
-            raise ModuleNotFoundError(f"path: {address} needs another package ({error})") from error
+            raise ModuleNotFoundError(f"path {address} needs another package ({error})") from error
         except ValueError as error:
-            raise ValueError(f"path: {address!r} is no address that fsspec knows ({error})") from error
+            raise ValueError(
+                f"path {address!r} is no address that fsspec knows ({error}): choose another name"
+            ) from error
         self.location = address
         self._files: Any = files
         self._root = root.rstrip("/")

@@ -10,7 +10,7 @@ from flowfast.dataset.identity import check_kernel, device_of
 from flowfast.dataset.plan import Plan
 from flowfast.dataset.receipts import MOST_RECEIPT_BYTES, Receipt, receipt_name
 from flowfast.dataset.shard_files import file_sha256, head_of, header_says
-from flowfast.dataset.shards import make_rows, shard_name, write_shard
+from flowfast.dataset.shards import make_shard, shard_name, write_shard
 from flowfast.dataset.store import LocalStore, refusals, write_file
 from flowfast.mixture import GaussianMixture
 
@@ -64,10 +64,10 @@ def repair_shards(
 def _repair(store: LocalStore, plan: Plan, mixture: GaussianMixture, shard: int, same: bool) -> str | None:
     """Make one shard again; why not, where its bytes are not vouched for."""
     name = shard_name(shard)
-    tensors = make_rows(plan, mixture, shard)
+    content = make_shard(plan, mixture, shard).content
     part = store.open_temporary(name)
     try:
-        size, sha256 = write_shard(part[1], plan, shard, tensors)
+        size, sha256 = len(content), write_shard(part[1], content)
         receipt = _receipt(store, plan, shard)
         receipt = receipt if receipt and receipt.bytes == size else None
         vouched = receipt is None and same

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowfast.dataset.addresses import local_folder
 from flowfast.dataset.maker import read_plan
-from flowfast.dataset.plan import DTYPES, Plan
+from flowfast.dataset.plan import Plan
 from flowfast.dataset.receipts import MOST_RECEIPT_BYTES, RECEIPTS, Receipt, receipt_name
-from flowfast.dataset.shards import SHARDS, encode_header, in_file_order, shard_name
+from flowfast.dataset.shards import SHARDS, encode_header, shard_layout, shard_name
 from flowfast.dataset.store import LocalStore
 from flowfast.dataset.strict_json import parse_object
 
 MOST_HEADER_BYTES = 4_096
 
 
-def open_folder(folder: Path) -> tuple[LocalStore, Plan]:
+def open_folder(path: str | Path) -> tuple[LocalStore, Plan]:
     """The files of a set, and its plan.
 
     Raises:
-        ValueError: no folder, no plan in it, a plan that is damaged, or sub-folders that are links.
+        ValueError: no folder of this machine, no plan in it, a plan that is damaged, or sub-folders that are links.
     """
+    folder = local_folder(path)
     if not folder.is_dir():
         raise ValueError(f"teacher set: {folder} is no folder: give the folder that generate_dataset wrote")
     for name in (SHARDS, RECEIPTS):
@@ -33,17 +36,6 @@ def open_folder(folder: Path) -> tuple[LocalStore, Plan]:
             raise ValueError(f"teacher set: {folder / name} is a link: only folders of the set itself are read")
     store = LocalStore(folder)
     return store, read_plan(store)
-
-
-def shard_layout(plan: Plan, dim: int, shard: int) -> dict[str, Tensor]:
-    """The tensors of a shard's file, in its order, without their numbers."""
-    n, dtype = plan.rows_of(shard), DTYPES[plan.dtype]
-    tensors = {name: torch.empty(n, dim, dtype=dtype, device="meta") for name in ("x_from", "x_to")}
-    if plan.times is None:
-        tensors["t"] = torch.empty(n, 2, dtype=torch.float64, device="meta")
-    else:
-        tensors["segment"] = torch.empty(n, dtype=torch.int32, device="meta")
-    return in_file_order(tensors)
 
 
 def shard_header(plan: Plan, dim: int, shard: int) -> tuple[bytes, int]:
@@ -93,6 +85,16 @@ def head_of(store: LocalStore, shard: int) -> bytes:
         return b""
     with (Path(store.location) / shard_name(shard)).open("rb") as stream:
         return stream.read(MOST_HEADER_BYTES)
+
+
+def read_into_cache(store: LocalStore, name: str) -> None:
+    """Make the system read a file from its begin to its end; nothing where it is no regular file, or will not."""
+    if store.size(name) is None:
+        return
+    with contextlib.suppress(OSError), (Path(store.location) / name).open("rb") as file, open(os.devnull, "wb") as sink:
+        place = 0
+        while sent := os.sendfile(sink.fileno(), file.fileno(), place, 1 << 22):  # no byte is copied
+            place += sent
 
 
 def file_sha256(store: LocalStore, name: str) -> str | None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from flowfast.dataset.uncached import new_uncached_file
+
 Part = tuple[str, BinaryIO]  # name of an unfinished file, and the stream that fills it
 
 
@@ -82,7 +84,7 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             _sync_folder(path.parent.parent)
         part = part_name(name)
-        return part, (self._root / part).open("xb")
+        return part, new_uncached_file(self._root / part)
 
     def commit(self, part: Part, name: str, *, replace: bool = True) -> None:
         """See `Store`."""
@@ -157,20 +159,6 @@ class LocalStore:
         if folder and path.is_symlink():
             raise StorageError(f"{path} is a link: the folders of a teacher set must be its own")
         return path
-
-
-def open_store(location: str | Path) -> Store:
-    """The store at `location`: a folder, or an address that fsspec knows, such as "s3://bucket/set".
-
-    Raises:
-        ValueError, ModuleNotFoundError: see `RemoteStore`.
-    """
-    scheme, found, path = str(location).partition("://")
-    if not found or scheme in ("file", "local"):
-        return LocalStore(path if found else location)
-    from flowfast.dataset.remote_store import RemoteStore
-
-    return RemoteStore(str(location))
 
 
 def part_name(name: str) -> str:

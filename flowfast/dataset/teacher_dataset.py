@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowfast.dataset.batches import Batches
+from flowfast.dataset.batches import Batches, Pairs
 from flowfast.dataset.identity import read_mixture
 from flowfast.dataset.plan import DTYPES
 from flowfast.dataset.receipts import listed_receipts
-from flowfast.dataset.shard_files import map_shard, open_folder
+from flowfast.dataset.shard_files import map_shard, open_folder, read_into_cache
+from flowfast.dataset.shards import shard_name
 from flowfast.process import OUProcess
-
-Pairs = tuple[Tensor, Tensor, Tensor]  # x_from, x_to, and segment or t
 
 _MOST_MAPPED = 4_096  # shards mapped at a time; a process may hold some 65,000 maps
 
@@ -33,15 +32,15 @@ class TeacherDataset(Dataset[Pairs]):
     `verify_dataset`. Nothing outside the folder is read. Worker processes of a loader map the files themselves.
 
     Args:
-        path: the folder.
+        path: the folder, of this machine.
 
     Raises:
         ValueError: no set there, or one that is incomplete or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
-        self.store, self.plan = open_folder(self.folder)
+        self.store, self.plan = open_folder(path)
+        self.folder = Path(self.store.location)
         there = set(listed_receipts(self.store, self.plan))
         if len(there) < self.plan.n_shards:
             first = next(shard for shard in range(self.plan.n_shards) if shard not in there)
@@ -134,6 +133,13 @@ class TeacherDataset(Dataset[Pairs]):
         """
         return self._shard(number)
 
+    def read_ahead(self, number: int) -> None:
+        """Bring the file of one shard into memory, in order, so that its rows need not be fetched one by one.
+
+        Nothing happens where that cannot be done: `shard` tells what is wrong.
+        """
+        read_into_cache(self.store, shard_name(number))
+
     def pair(self, segment: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher pairs of one segment of a time grid.
 
@@ -171,7 +177,9 @@ class TeacherDataset(Dataset[Pairs]):
         Raises:
             TypeError, ValueError: an argument out of range, or fewer rows than one batch per rank.
         """
-        return Batches(self, batch_size, seed=seed, epoch=epoch, rank=rank, world=world)
+        return Batches(
+            self.plan, self.pairs, self.read_ahead, batch_size, seed=seed, epoch=epoch, rank=rank, world=world
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to worker processes as a path; the maps are opened there."""

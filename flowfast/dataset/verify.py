@@ -68,7 +68,7 @@ def verify_dataset(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    store, plan = open_folder(Path(path))
+    store, plan = open_folder(path)
     scan = Scan(store, plan, workers or len(os.sched_getaffinity(0)))
     bad = scan.shards(progress)
     before = [*bad.values(), *scan.others(complete=not bad)]
@@ -85,7 +85,7 @@ def verify_dataset(
                 write_manifest(store, plan)
         after = [*bad.values(), *scan.others(complete=not bad)]
     return Verification(
-        Path(path),
+        Path(store.location),
         plan.digest(),
         plan.n_shards,
         plan.rows,

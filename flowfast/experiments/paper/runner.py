@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +90,10 @@ def reproduce(
         raise ValueError("engine 'ray' divides the runs itself: unset RANK and WORLD_SIZE, or the SLURM array's")
     place = _place(request, device, here=engine == "local")
     runs = request.runs()
-    records.read(folder)  # a damaged line is refused before anything is written
-    with claim(folder, request, rank):
+    stored = records.read(folder)
+    needed = engine == "ray" and any(run.digest() not in stored for run in runs)
+    # A damaged line, or a cluster that does not answer, is refused before anything is written.
+    with cluster.connected(address) if needed else nullcontext(), claim(folder, request, rank):
         finished = set(records.read(folder))
         # Groups are formed of all runs, finished or not: a group that is gone on with is the group that was stopped.
         groups = share(grouped(runs, place, most), rank.rank, rank.world)
