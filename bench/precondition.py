@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = Recipe(
         steps=options.steps, batch_size=128, width=256, weight_decay=0.0,
-        reduced=False, allocation="equal", learning_rate=2e-3, schedule="one-cycle",
+        reduced=False, learning_rate=2e-3, schedule="one-cycle",
     )  # fmt: skip
     mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0), OUProcess(5.0)
     times = time_grid(mixture, process, SEGMENTS, kind="uniform")

@@ -84,6 +84,8 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
+    | {f"n = {n}, equal rows": Trial(EQUAL, n, "measured") for n in (8, 4, 2)}
+    | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, equal rows, uniform grid": Trial(EQUAL, 4)}
     | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
     "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
 }
@@ -159,6 +161,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         who = "the paper's" if row["set"] == "paper" else "the recipe"
         if row["recipe"]["optimiser"] == "muon":
             who += ", Muon"
+        if row["recipe"]["allocation"] == "equal" and row["set"] != "paper":
+            who += ", equal rows"
         if "loop" in row:
             who += f", {row['loop']}"
         lines.append(

@@ -46,7 +46,7 @@ class Recipe:
             the directions across it alone.
         allocation: of a step's pairs to the segments of a shared network. "by-loss" gives them in proportion to the
             segments' recent losses, "equal" the same number to each; either way all segments count alike in the loss.
-            A network per segment gets equal numbers.
+            By loss is for fresh pairs: of a stored set it repeats the hard rows. A network per segment gets equal numbers.
         optimiser: "adamw", or "muon": Muon for the matrices between hidden layers, AdamW for the rest. Muon learns more
             per step and takes more time for it: 15 products of a matrix by itself, in bfloat16 inside.
         learning_rate: peak of the learning rate, > 0. Muon's updates are scaled to the size of AdamW's.
@@ -67,7 +67,7 @@ class Recipe:
     preconditioned: bool = True
     shared: bool = True
     reduced: bool = True
-    allocation: Allocation = "by-loss"
+    allocation: Allocation = "equal"
     optimiser: Optimiser = "adamw"
     learning_rate: float = 4e-3
     schedule: Schedule = "linear"
@@ -81,7 +81,13 @@ class Recipe:
         Args:
             changes: fields that are to differ.
         """
-        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 8e-3, "weight_decay": 0.0}
+        settings = {
+            "steps": 10_000,
+            "batch_size": 1_024,
+            "allocation": "by-loss",
+            "learning_rate": 8e-3,
+            "weight_decay": 0.0,
+        }
         return cls(**{**settings, **changes})
 
     def __post_init__(self) -> None:

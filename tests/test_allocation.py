@@ -21,7 +21,7 @@ from flowfast.training import Trainer, allocate
 TIMES = (1.0, 0.6, 0.3, 0.0)
 PROCESS = OUProcess(5.0)
 MIXTURE = GaussianMixture.random(3, 2, std=0.5, seed=0)
-RECIPE = Recipe(steps=40, batch_size=16, width=16, depth=2)
+RECIPE = Recipe(steps=40, batch_size=16, width=16, depth=2, allocation="by-loss")
 EQUAL = replace(RECIPE, allocation="equal")
 
 

@@ -86,6 +86,13 @@ def test_every_line_has_one_to_be_compared_with():
     assert {*recipes.AGAINST, *recipes.AGAINST.values(), "none", "n = 4"} <= names
 
 
+@pytest.mark.parametrize("group", recipes.TRIALS)
+def test_every_set_is_in_the_tables(group):
+    name, trial = next(iter(recipes.TRIALS[group].items()))
+    row = recipes.settings_of(group, name, trial, 7_654_321, 0) | {"composed": 0.123, "seconds": 3.0}
+    assert [line for line in recipes.tables([row]).splitlines() if "7,654,321" in line and "0.123" in line]
+
+
 def test_every_loop_has_its_line():
     assert {trial.loop for trial in recipes.TRIALS["ingredients"].values()} - {None} == set(LOOPS)
 
