@@ -36,7 +36,8 @@ PAPER = Recipe(
 BEST = Recipe.fresh()
 ALONE = replace(BEST, shared=False)
 EQUAL = replace(BEST, allocation="equal")
-STEADY = replace(EQUAL, schedule="constant")
+STEADY = replace(BEST, schedule="constant")
+STEADY_EQUAL = replace(EQUAL, schedule="constant")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "n = 4, a network per segment, each from the one before": Trial(ALONE, 4, loop="one by one"),
         "n = 4, a network per segment, each from the one after": Trial(ALONE, 4, loop="one by one, backwards"),
         "n = 4, equal rows, weights averaged": Trial(EQUAL, 4, loop="averaged"),
-        "n = 4, equal rows, constant rate": Trial(STEADY, 4),
-        "n = 4, equal rows, constant rate, weights averaged": Trial(STEADY, 4, loop="averaged"),
+        "n = 4, equal rows, constant rate": Trial(STEADY_EQUAL, 4),
+        "n = 4, equal rows, constant rate, weights averaged": Trial(STEADY_EQUAL, 4, loop="averaged"),
         "n = 4, equal rows, composed error at the end": Trial(EQUAL, 4, loop="end to end"),
         "n = 4, equal rows, composed error beside the segments' at the end": Trial(EQUAL, 4, loop="end to end, beside"),
         "n = 8": Trial(BEST, 8),
@@ -87,7 +88,8 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
     | {f"n = {n}, equal rows": Trial(EQUAL, n, "measured") for n in (8, 4, 2)}
     | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, equal rows, uniform grid": Trial(EQUAL, 4)}
     | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
-    "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)},
+    "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)}
+    | {"n = 1, peak 2e-3": Trial(replace(BEST, learning_rate=2e-3))},
 }
 
 AGAINST: Mapping[str, str] = {  # the line without the ingredient, where it is not that of n segments alone
@@ -159,12 +161,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(students, key=lambda row: (row["steps"], row["segments"], row["set"])):
         who = "the paper's" if row["set"] == "paper" else "the recipe"
-        if row["recipe"]["optimiser"] == "muon":
-            who += ", Muon"
-        if row["recipe"]["allocation"] == "equal" and row["set"] != "paper":
-            who += ", equal rows"
-        if "loop" in row:
-            who += f", {row['loop']}"
+        who += "".join(f", {word}" for word in row["name"].split(", ")[1:] if word != f"{row['grid']} grid")
         lines.append(
             f"| {row['segments']} | {who} | {row['grid']} | {row['steps']:,} | {row['seed']} | {row['composed']:.4f} | "
             f"{row['seconds']:.0f} |"

@@ -46,7 +46,7 @@ class Recipe:
             the directions across it alone.
         allocation: of a step's pairs to the segments of a shared network. "by-loss" gives them in proportion to the
             segments' recent losses, "equal" the same number to each; either way all segments count alike in the loss.
-            By loss is for fresh pairs: of a stored set it repeats the hard rows. A network per segment gets equal numbers.
+            By loss is for fresh pairs; of a stored set it repeats the hard rows. A network per segment gets equal ones.
         optimiser: "adamw", or "muon": Muon for the matrices between hidden layers, AdamW for the rest. Muon learns more
             per step and takes more time for it: 15 products of a matrix by itself, in bfloat16 inside.
         learning_rate: peak of the learning rate, > 0. Muon's updates are scaled to the size of AdamW's.

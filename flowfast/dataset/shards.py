@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -24,7 +25,7 @@ ALIGNMENT = 64  # of the first tensor within the file, bytes
 _CODES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
 _PIECE = 1 << 22  # bytes hashed and written at a time, so that they are hashed and copied from a cache
 _FIRST_CHUNK, _MOST_CHUNK = 1_024, 32_768  # rows of one call of the teacher
-_CHUNK_WORK = 2**30  # rows k d of one call at most: it is done within seconds, and Ctrl-C is heard
+_CHUNK_WORK = 2**29  # rows k d of one call at most: it is done within seconds, and Ctrl-C is heard
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ def shard_layout(plan: Plan, dim: int, shard: int) -> dict[str, Tensor]:
 def shard_memory(plan: Plan, dim: int) -> mmap.mmap:
     """Memory for any shard of the plan, where a page begins: files on a disk can be written from there directly."""
     layout = shard_layout(plan, dim, 0)
-    most = len(encode_header(plan, plan.n_shards - 1, layout)) + sum(tensor.nbytes for tensor in layout.values())
-    memory = mmap.mmap(-1, most + ALIGNMENT)  # the header of another shard may be longer
+    header = encode_header(plan, plan.n_shards - 1, layout)  # none is longer
+    memory = mmap.mmap(-1, len(header) + sum(tensor.nbytes for tensor in layout.values()))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
@@ -101,9 +103,7 @@ def make_shard(
         ends, alpha = columns.of(rows)
         starts, finish = (x_from[rows], x_to[rows]) if mixture.device.type == "cpu" else (None, None)
         count = rows.stop - rows.start
-        x = draw_rows(
-            mixture, plan.seed, first + rows.start, count, alpha, ends[1].contiguous(), out=starts, backend=backend
-        )
+        x = draw_rows(mixture, plan.seed, first + rows.start, count, alpha, ends[1], out=starts, backend=backend)
         y = flow_between(x, mixture, ends, out=finish, backend=backend)
         if starts is None:
             x_from[rows], x_to[rows] = x, y
@@ -148,7 +148,7 @@ class _Columns:
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
         """`grid_ends` (4, n) and signal factors (n,) of rows, on the mixture's device."""
         if self._grid is not None:
-            table = self._grid[:, self._tensors["segment"][rows].long().to(self._grid.device)]
+            table = self._grid.index_select(1, self._tensors["segment"][rows].to(self._grid.device))
         else:
             table = self._table(*self._tensors["t"][rows].unbind(1))
         return table[:4], table[4]
