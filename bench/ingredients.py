@@ -1,28 +1,25 @@
 """Ways of training a student that are no settings of `Recipe`, for `python -m bench.recipes` to measure.
 
-Each is a short loop made of the parts of `distill`: the same initial weights and, `rows_by_loss` aside, the same pairs.
+Each is a short loop made of the parts of `distill`: the same initial weights and the same pairs, equal rows for every
+segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flowfast import FlowStudent, GaussianMixture, OUProcess, Recipe, flow_map
-from flowfast.distillation import Pairs, fresh_pairs, new_student
-from flowfast.seeds import generator_for
+from flowfast import FlowStudent, GaussianMixture, OUProcess, Recipe
+from flowfast.distillation import new_student
+from flowfast.step_pairs import fresh_pairs
 from flowfast.training import Trainer
 
 AVERAGED = 0.05  # mean age of the weights in their average, share of the steps
 TUNED = 0.3  # share of the steps on the composed error
-LEAST = 1 / 32  # of a step's rows go to every segment, whatever its loss
-TOGETHER = 16  # steps whose pairs are made by one call of the teacher, and whose rows are divided alike
-RECENT = 0.1  # weight of a step's losses in their running mean
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,11 @@ class Task:
         """The untrained student."""
         return new_student(self.mixture, self.process, self.grid, self.recipe, self.seed)
 
-    def pairs(self) -> Pairs:
-        """The teacher's pairs of every step."""
-        return fresh_pairs(self.mixture, self.process, self.grid, self.recipe, self.seed)
+    def pairs(self) -> Callable[[int], tuple[list[Tensor], list[Tensor]]]:
+        """The teacher's pairs of every step: x_from and x_to, (batch_size, d) for each segment."""
+        pairs = fresh_pairs(self.mixture, self.process, self.grid, self.recipe, self.seed)
+        rows = [self.recipe.batch_size] * (len(self.grid) - 1)
+        return lambda step: pairs(step, rows)
 
 
 def averaged(task: Task) -> FlowStudent:
@@ -55,49 +54,6 @@ def averaged(task: Task) -> FlowStudent:
         mean.update_parameters(student)
     student.load_state_dict(mean.module.state_dict())
     return student.eval()
-
-
-def rows_by_loss(task: Task, *, alike: bool = False) -> FlowStudent:
-    """A shared network, a step's rows divided between its segments in proportion to their recent losses.
-
-    alike: all rows count alike, so that the loss, too, turns to the hard segments; else all segments do.
-    """
-    student, m = task.student(), len(task.grid) - 1
-    trainer, total = Trainer(student, task.recipe), m * task.recipe.batch_size
-    recent = torch.ones(m, dtype=torch.float64)
-    for step in range(task.recipe.steps):
-        block, turn = divmod(step, TOGETHER)
-        if turn == 0:
-            rows = shares(recent, total)
-            made = [
-                [student.network_pair(i, *pair) for pair in zip(x.split(n), y.split(n), strict=True)]
-                for i, (n, (x, y)) in enumerate(zip(rows, _made(task, block, rows), strict=True))
-            ]
-        inputs, targets = zip(*(segment[turn] for segment in made), strict=True)
-        out = student.networks[0](torch.cat(inputs)).split(rows)
-        losses = torch.stack([(got - asked).square().mean() for got, asked in zip(out, targets, strict=True)])
-        weights = losses.new_tensor([n / total if alike else 1 / m for n in rows])
-        trainer.descend(weights @ losses)
-        recent.lerp_(losses.detach().double(), RECENT)
-    return student.eval()
-
-
-def shares(losses: Tensor, total: int) -> list[int]:
-    """`total` rows in proportion to the losses (m,), but at least LEAST of them, and one, for each."""
-    least = max(1, int(LEAST * total))
-    spare = total - least * len(losses)
-    rows = [least + int(spare * share) for share in (losses / losses.sum()).tolist()]
-    rows[int(losses.argmax())] += total - sum(rows)
-    return rows
-
-
-def _made(task: Task, block: int, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of every segment for TOGETHER steps, from the stream of `distill`."""
-    generator, found = generator_for(task.seed, "pairs", block), []
-    for i, n in enumerate(rows):
-        start = task.process.marginal(task.mixture, task.grid[i]).sample(TOGETHER * n, generator=generator)
-        found.append((start, flow_map(start, task.mixture, task.process, task.grid[i], task.grid[i + 1])))
-    return found
 
 
 def one_by_one(task: Task, *, backwards: bool = False, warm: bool = True) -> FlowStudent:
@@ -137,8 +93,6 @@ def end_to_end(task: Task, *, beside: bool = False) -> FlowStudent:
 
 LOOPS: Mapping[str, Callable[[Task], FlowStudent]] = {
     "averaged": averaged,
-    "rows by loss": rows_by_loss,
-    "rows by loss, alike": partial(rows_by_loss, alike=True),
     "one by one": one_by_one,
     "one by one, backwards": partial(one_by_one, backwards=True),
     "end to end": end_to_end,

@@ -35,7 +35,9 @@ PAPER = Recipe(
 )
 BEST = Recipe.fresh()
 ALONE = replace(BEST, shared=False)
+EQUAL = replace(BEST, allocation="equal")
 STEADY = replace(BEST, schedule="constant")
+STEADY_EQUAL = replace(EQUAL, schedule="constant")
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,26 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
         "the paper's student": Trial(PAPER),
         "n = 4": Trial(BEST, 4),
         "n = 4, measured grid": Trial(BEST, 4, "measured"),
+        "n = 4, equal rows": Trial(EQUAL, 4),
+        "n = 4, equal rows, measured grid": Trial(EQUAL, 4, "measured"),
         "n = 4, a network per segment": Trial(ALONE, 4),
         "n = 4, a network per segment, each from the one before": Trial(ALONE, 4, loop="one by one"),
         "n = 4, a network per segment, each from the one after": Trial(ALONE, 4, loop="one by one, backwards"),
-        "n = 4, weights averaged": Trial(BEST, 4, loop="averaged"),
-        "n = 4, constant rate": Trial(STEADY, 4),
-        "n = 4, constant rate, weights averaged": Trial(STEADY, 4, loop="averaged"),
-        "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss"),
-        "n = 4, measured grid, rows by loss": Trial(BEST, 4, "measured", loop="rows by loss"),
-        "n = 4, rows by loss, all rows alike": Trial(BEST, 4, loop="rows by loss, alike"),
-        "n = 4, composed error at the end": Trial(BEST, 4, loop="end to end"),
-        "n = 4, composed error beside the segments' at the end": Trial(BEST, 4, loop="end to end, beside"),
+        "n = 4, equal rows, weights averaged": Trial(EQUAL, 4, loop="averaged"),
+        "n = 4, equal rows, constant rate": Trial(STEADY_EQUAL, 4),
+        "n = 4, equal rows, constant rate, weights averaged": Trial(STEADY_EQUAL, 4, loop="averaged"),
+        "n = 4, equal rows, composed error at the end": Trial(EQUAL, 4, loop="end to end"),
+        "n = 4, equal rows, composed error beside the segments' at the end": Trial(EQUAL, 4, loop="end to end, beside"),
+        "n = 8": Trial(BEST, 8),
+        "n = 8, measured grid": Trial(BEST, 8, "measured"),
+        "n = 8, equal rows": Trial(EQUAL, 8),
+        "n = 8, equal rows, measured grid": Trial(EQUAL, 8, "measured"),
     },
     "paper": {f"n = {n}": Trial(PAPER, n, "balanced") for n in (1, 4, 8)},
     "best": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8, 4, 2)}
-    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))}
-    | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, rows by loss": Trial(BEST, 4, loop="rows by loss")},
+    | {f"n = {n}, equal rows": Trial(EQUAL, n, "measured") for n in (8, 4, 2)}
+    | {"n = 4, uniform grid": Trial(BEST, 4), "n = 4, equal rows, uniform grid": Trial(EQUAL, 4)}
+    | {"n = 1, Muon": Trial(replace(BEST, optimiser="muon"))},
     "full": {f"n = {n}": Trial(BEST, n, "measured" if n > 1 else "uniform") for n in (1, 8)}
     | {"n = 1, peak 2e-3": Trial(replace(BEST, learning_rate=2e-3))},
 }
@@ -89,8 +95,13 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
 AGAINST: Mapping[str, str] = {  # the line without the ingredient, where it is not that of n segments alone
     "n = 4, a network per segment, each from the one before": "n = 4, a network per segment",
     "n = 4, a network per segment, each from the one after": "n = 4, a network per segment",
-    "n = 4, constant rate, weights averaged": "n = 4, constant rate",
-    "n = 4, measured grid, rows by loss": "n = 4, measured grid",
+    "n = 4, equal rows, measured grid": "n = 4, measured grid",
+    "n = 4, equal rows, weights averaged": "n = 4, equal rows",
+    "n = 4, equal rows, constant rate": "n = 4, equal rows",
+    "n = 4, equal rows, constant rate, weights averaged": "n = 4, equal rows, constant rate",
+    "n = 4, equal rows, composed error at the end": "n = 4, equal rows",
+    "n = 4, equal rows, composed error beside the segments' at the end": "n = 4, equal rows",
+    "n = 8, equal rows, measured grid": "n = 8, measured grid",
 }
 
 

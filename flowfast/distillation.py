@@ -16,11 +16,11 @@ from torch import Tensor
 from flowfast import backends
 from flowfast.dataset import TeacherDataset
 from flowfast.dataset.plan import DTYPES, grid_times, mixture_digest
-from flowfast.flow import flow_map
 from flowfast.metrics import relative_mse
 from flowfast.mixture import GaussianMixture
 from flowfast.process import OUProcess
-from flowfast.seeds import as_seed, generator_for
+from flowfast.seeds import as_seed
+from flowfast.step_pairs import Pairs, fresh_pairs, steps_together, stored_pairs
 from flowfast.storage import differences, dtype_name
 from flowfast.students import FlowStudent, SegmentTable
 from flowfast.students.mlp import check_size
@@ -29,9 +29,6 @@ from flowfast.training import Trainer
 
 _REPORTS = 100  # progress calls in a training
 _SPAN = 1e-6  # of the largest spread; along axes with less the means do not differ
-_FRESH_ROWS = 4_096  # pairs per segment that one call of the teacher makes, enough to keep all cores busy
-
-Pairs = Callable[[int], tuple[Tensor, Tensor]]  # of a step: x_from, x_to, each (m, b, d)
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,9 @@ def distill(
 ) -> FlowStudent:
     """Train a student of the flow on a time grid, all segments in the same steps.
 
-    The pairs of a step are a pure function of seed and step: a training that is killed and resumed from its checkpoint
-    ends with the bits of one that was not, on one machine with one number of threads. No global random state is used.
+    The pairs of a step are a pure function of seed, step and the rows that each segment gets, which a checkpoint holds:
+    a training that is killed and resumed ends with the bits of one that was not, on one machine with one number of
+    threads. No global random state is used.
 
     Args:
         mixture: law of the data, float32 or float64; the student takes its dtype and device. process: forward process.
@@ -98,7 +96,7 @@ def distill(
         pairs = fresh_pairs(mixture, process, grid, recipe, seed, backends.choose(backend, mixture.device))
     else:
         _check_data(data, mixture, process, grid)
-        pairs = _stored_pairs(data, recipe.batch_size, seed, mixture.device)
+        pairs = stored_pairs(data, seed, mixture.device)
     keep: Callable[[], None] | None = None
     if checkpoint is not None:
         path, settings = Path(checkpoint), _settings(mixture, student, recipe, data, seed, backend)
@@ -118,9 +116,12 @@ def _train(
     progress: Callable[[Progress], None] | None,
 ) -> None:
     steps, begin, report_every = trainer.recipe.steps, time.perf_counter(), max(1, trainer.recipe.steps // _REPORTS)
+    block = steps_together(trainer.recipe, trainer.student.n_segments)
     total, counted = torch.zeros((), device=trainer.student.center.device), 0
     while trainer.done < steps:
-        total += trainer.step(*pairs(trainer.done))
+        if trainer.done % block == 0:
+            trainer.allocate_rows()
+        total += trainer.step(*pairs(trainer.done, trainer.rows))
         counted += 1
         done, last = trainer.done, trainer.done == steps
         report, write = (last or done % every == 0 for every in (report_every, keep_every))
@@ -171,55 +172,6 @@ def _principal_axes(weighted: Tensor) -> tuple[Tensor, float]:
     """
     _, size, axes = torch.linalg.svd(weighted, full_matrices=False)  # axes: rows
     return axes[size > _SPAN * size[0]].mT, float(size.square().sum())
-
-
-def _stored_pairs(data: TeacherDataset, batch: int, seed: int, device: torch.device) -> Pairs:
-    """Rows drawn with replacement, others for every segment: a segment then sees more starting points per step."""
-
-    def pairs(step: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(
-            data.pairs_per_segment, (data.n_segments, batch), generator=generator_for(seed, "rows", step)
-        )
-        both = [data.pair(i, rows[i]) for i in range(data.n_segments)]
-        x_from, x_to = (torch.stack(list(side)) for side in zip(*both, strict=True))
-        return x_from.to(device), x_to.to(device)
-
-    return pairs
-
-
-def fresh_pairs(
-    mixture: GaussianMixture,
-    process: OUProcess,
-    grid: tuple[float, ...],
-    recipe: Recipe,
-    seed: int,
-    backend: str = "auto",
-) -> Pairs:
-    """Pairs from the closed-form marginals, made for several steps at once: those that `distill` makes by itself."""
-    batch = recipe.batch_size
-    together = min(recipe.steps, max(1, _FRESH_ROWS // batch))
-    marginals = [process.marginal(mixture, t) for t in grid[:-1]]
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def make(block: int) -> tuple[Tensor, Tensor]:
-        generator = generator_for(seed, "pairs", block, device=mixture.device)
-        starts = [marginal.sample(together * batch, generator=generator) for marginal in marginals]
-        ends = [
-            flow_map(x, mixture, process, t_from, t_to, backend=backend)
-            for x, t_from, t_to in zip(starts, grid[:-1], grid[1:], strict=True)
-        ]
-        return torch.stack(starts), torch.stack(ends)  # (m, together * b, d)
-
-    def pairs(step: int) -> tuple[Tensor, Tensor]:
-        block, part = divmod(step, together)
-        if block not in made:
-            made.clear()
-            made[block] = make(block)
-        x_from, x_to = made[block]
-        here = slice(part * batch, (part + 1) * batch)
-        return x_from[:, here], x_to[:, here]
-
-    return pairs
 
 
 def _check_data(data: TeacherDataset, mixture: GaussianMixture, process: OUProcess, grid: tuple[float, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,14 +13,19 @@ from torch import Tensor, nn
 
 from flowfast.storage import differences, read_tensors, write_tensors
 from flowfast.students import FlowStudent
+from flowfast.students.flow_student import Pieces
 from flowfast.students.mlp import ACTIVATIONS, Activation, check_size
 
 Schedule = Literal["one-cycle", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Optimiser = Literal["adamw", "muon"]
 _OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
+Allocation = Literal["by-loss", "equal"]
+_ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 _RISE, _START, _END = 0.3, 1 / 25, 1 / 25e4  # of the one-cycle schedule: share of steps, first and last rate over peak
 _WARM_UP = 0.05  # of the linear schedule: share of steps
+_RECENT = 0.1  # weight of a step's losses in their running mean
+_LEAST = 8  # a segment never gets less than an eighth of its equal part of the rows
 _FORMAT = {"format": "flowfast training", "version": 1}
 _MOMENTS: Mapping[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -34,11 +39,14 @@ class Recipe:
 
     Args:
         steps: optimiser steps, >= 1.
-        batch_size: pairs per segment and step, >= 1.
+        batch_size: pairs per segment and step, >= 1; by-loss allocation keeps to it on average over the segments.
         width, depth, activation: of the network, see `MLP`.
         preconditioned, shared: see `FlowStudent`.
         reduced: a preconditioned student works in the span of the means' differences, where the flow moves, and leaves
             the directions across it alone.
+        allocation: of a step's pairs to the segments of a shared network. "by-loss" gives them in proportion to the
+            segments' recent losses, "equal" the same number to each; either way all segments count alike in the loss.
+            By loss is for fresh pairs; of a stored set it repeats the hard rows. A network per segment gets equal ones.
         optimiser: "adamw", or "muon": Muon for the matrices between hidden layers, AdamW for the rest. Muon learns more
             per step and takes more time for it: 15 products of a matrix by itself, in bfloat16 inside.
         learning_rate: peak of the learning rate, > 0. Muon's updates are scaled to the size of AdamW's.
@@ -59,6 +67,7 @@ class Recipe:
     preconditioned: bool = True
     shared: bool = True
     reduced: bool = True
+    allocation: Allocation = "equal"
     optimiser: Optimiser = "adamw"
     learning_rate: float = 4e-3
     schedule: Schedule = "linear"
@@ -72,7 +81,13 @@ class Recipe:
         Args:
             changes: fields that are to differ.
         """
-        settings = {"steps": 10_000, "batch_size": 1_024, "learning_rate": 8e-3, "weight_decay": 0.0}
+        settings = {
+            "steps": 10_000,
+            "batch_size": 1_024,
+            "allocation": "by-loss",
+            "learning_rate": 8e-3,
+            "weight_decay": 0.0,
+        }
         return cls(**{**settings, **changes})
 
     def __post_init__(self) -> None:
@@ -82,7 +97,12 @@ class Recipe:
         for name in ("preconditioned", "shared", "reduced"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        choices = (("activation", ACTIVATIONS), ("schedule", _SCHEDULES), ("optimiser", _OPTIMISERS))
+        choices: tuple[tuple[str, tuple[str, ...]], ...] = (
+            ("activation", ACTIVATIONS),
+            ("allocation", _ALLOCATIONS),
+            ("schedule", _SCHEDULES),
+            ("optimiser", _OPTIMISERS),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -92,6 +112,10 @@ class Recipe:
                 raise TypeError(f"{name} must be a number; got {value!r}")
             if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
                 raise ValueError(f"{name} must be finite and {least}; got {value}")
+
+    def allocates(self, segments: int) -> bool:
+        """Whether segments get different numbers of pairs."""
+        return self.allocation == "by-loss" and self.shared and segments > 1
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step`, 0 to steps - 1."""
@@ -105,23 +129,56 @@ class Recipe:
         return self.learning_rate * (low + (1 - low) * (1 - math.cos(math.pi * climbed)) / 2)
 
 
+def allocate(losses: Sequence[float], batch: int) -> list[int]:
+    """Divide `batch` rows per segment, on average, between m segments in proportion to their losses.
+
+    Args:
+        losses: m numbers >= 0. All zero, or one that is not finite: the division is equal.
+        batch: >= 1.
+
+    Returns:
+        m numbers of rows, m * batch together, each at least 1 and batch // 8. What rounding leaves goes to the largest.
+    """
+    total = sum(losses)
+    if not 0 < total < math.inf:  # or it is not a number
+        return [batch] * len(losses)
+    least = max(1, batch // _LEAST)
+    spare = (batch - least) * len(losses)
+    rows = [least + int(spare * (loss / total)) for loss in losses]
+    rows[max(range(len(rows)), key=losses.__getitem__)] += len(losses) * batch - sum(rows)
+    return rows
+
+
 class Trainer:
     """A student under its optimisers, with a gradient clip per network, so that separate networks stay separate.
 
     Args:
         student: trained in place.
         recipe: its settings.
+
+    Attributes:
+        done: steps taken.
+        rows: how many pairs every segment is to get, constant between calls of `allocate_rows`.
     """
 
     def __init__(self, student: FlowStudent, recipe: Recipe) -> None:
         self.student, self.recipe, self.done = student, recipe, 0
+        self.rows = [recipe.batch_size] * student.n_segments
+        self._recent = torch.ones(student.n_segments, dtype=torch.float64, device=student.center.device)
         self._weights = [list(network.parameters()) for network in student.networks]
         self._optimisers = [one for network in student.networks for one in _optimisers(network, recipe)]
 
-    def step(self, x_from: Tensor, x_to: Tensor) -> Tensor:
-        """Take one optimiser step on pairs (m, b, d); returns the loss before it, mean over segments, 0-dim."""
+    def allocate_rows(self) -> None:
+        """Divide the rows of the steps to come by the losses of the last ones: the only wait for the device."""
+        if self.recipe.allocates(self.student.n_segments):
+            self.rows = allocate(self._recent.tolist(), self.recipe.batch_size)
+
+    def step(self, x_from: Pieces, x_to: Pieces) -> Tensor:
+        """Take one optimiser step on pairs, (b, d) of each segment; returns the loss before it, mean over segments."""
         losses = self.student.losses(x_from, x_to)  # (m,)
         self.descend(losses.mean() if self.student.shared else losses.sum())
+        if self.recipe.allocates(self.student.n_segments):
+            self._recent.lerp_(losses.detach().double(), _RECENT)
         return losses.detach().mean()
 
     def descend(self, loss: Tensor) -> None:
@@ -138,8 +195,9 @@ class Trainer:
         self.done += 1
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Leave everything that later steps depend on in one file at `path`: weights, optimisers' moments, step."""
+        """Leave everything that later steps depend on in one file: weights, optimisers' moments, rows, losses, step."""
         tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
+        tensors |= {"rows": torch.tensor(self.rows), "recent": self._recent}
         for name, weight, state, moments in self._states():
             tensors |= {f"{moment}.{name}": state.get(moment, torch.zeros_like(weight)) for moment in moments}
         write_tensors(path, tensors, {**_FORMAT, "step": self.done, "settings": dict(settings)})
@@ -169,6 +227,8 @@ class Trainer:
             state["step"] = torch.tensor(float(step), device=weight.device)
             for moment in moments:
                 state[moment] = torch.empty_like(weight).copy_(tensors[f"{moment}.{name}"])
+        self.rows = tensors["rows"].tolist()
+        self._recent.copy_(tensors["recent"])
         self.done = step
 
     def _states(self) -> list[tuple[str, Tensor, dict[str, Tensor], tuple[str, ...]]]:

@@ -270,13 +270,13 @@ def _trained_on(path, gm, times, recipe):
 def test_pairs_follow_the_flow_and_fresh_ones_never_return(tmp_path, monkeypatch, fresh):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def step(trainer: Trainer, x_from: torch.Tensor, x_to: torch.Tensor) -> torch.Tensor:
-        seen.append((x_from.clone(), x_to.clone()))
+    def step(trainer: Trainer, x_from: list[torch.Tensor], x_to: list[torch.Tensor]) -> torch.Tensor:
+        seen.append((torch.stack(x_from), torch.stack(x_to)))
         trainer.done += 1
         return torch.zeros(())
 
     monkeypatch.setattr(Trainer, "step", step)
-    monkeypatch.setattr(flowfast.distillation, "_FRESH_ROWS", 24)  # three steps from one call of the teacher
+    monkeypatch.setattr(flowfast.step_pairs, "_FRESH_ROWS", 24)  # three steps from one call of the teacher
     train(data=None if fresh else stored(tmp_path))
     x_from, x_to = (torch.cat(side, 1) for side in zip(*seen, strict=True))  # (m, steps * b, d)
     assert x_from.shape == x_to.shape == (2, 40 * 8, 2)
@@ -377,6 +377,7 @@ def test_evaluation_is_relative_error_composed_and_local():
             ValueError,
             "must be one of one-cycle, linear, constant; got 'cosine'",
         ),
+        (lambda: Recipe(allocation="fair"), ValueError, "allocation must be one of by-loss, equal; got 'fair'"),
         (lambda: Recipe(optimiser="sgd"), ValueError, "optimiser must be one of adamw, muon; got 'sgd'"),
         (lambda: Recipe.fresh(speed=1), TypeError, "speed"),
         (lambda: Recipe(shared=1), TypeError, "shared must be True or False; got 1"),

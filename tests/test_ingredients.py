@@ -16,7 +16,7 @@ TASK = ingredients.Task(
     GaussianMixture.random(5, 4, std=0.5, seed=3).to(dtype=torch.float64),
     OUProcess(5.0),
     GRID,
-    Recipe.fresh(steps=6, batch_size=8, width=16, depth=2),
+    Recipe.fresh(steps=6, batch_size=8, width=16, depth=2, allocation="equal"),
     seed=1,
 )
 ALONE = replace(TASK, recipe=replace(TASK.recipe, shared=False))
@@ -46,36 +46,6 @@ def test_the_average_is_exponential_over_its_share_of_the_steps(monkeypatch):
         mean = now if mean is None else 2 / 3 * mean + now / 3
     # float64 rounding of six sums of numbers below 1
     torch.testing.assert_close(weights_of(ingredients.averaged(TASK)), mean, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_equal_shares_are_distill(monkeypatch, alike):
-    monkeypatch.setattr(ingredients, "LEAST", 1 / 3)
-    monkeypatch.setattr(ingredients, "TOGETHER", TASK.recipe.steps)  # as distill makes pairs of this size
-    got = weights_of(ingredients.rows_by_loss(TASK, alike=alike))
-    # float64 rounding (1e-16), over the square root of AdamW's second moment, in units of a rate of 8e-3: sums are
-    # taken in another order.
-    torch.testing.assert_close(got, distilled(TASK), rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("losses", "total", "rows"),
-    [
-        ([1.0, 1.0, 1.0], 96, [32, 32, 32]),
-        ([0.0, 0.0, 5.0], 96, [3, 3, 90]),
-        ([1.0, 3.0], 32, [8, 24]),
-        ([1e-9, 1.0], 4, [1, 3]),
-    ],
-)
-def test_rows_follow_the_losses(losses, total, rows):
-    assert ingredients.shares(torch.tensor(losses), total) == rows
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_row_is_lost(seed):
-    losses = torch.rand(7, generator=torch.Generator().manual_seed(seed)) ** 8
-    rows = ingredients.shares(losses, 1_024)
-    assert sum(rows) == 1_024 and min(rows) >= 32
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -30,6 +30,7 @@ FLOORS = (
     ("flow", "sampling", "stability", "hessian", "modules"),
     ("grids", "teacher_pairs", "variational"),
     ("dataset",),
+    ("step_pairs",),
     ("distillation",),
     ("theory",),
     ("experiments",),

@@ -14,6 +14,8 @@ from flowfast.seeds import as_seed, generator_for
 from flowfast.students import student_files
 from flowfast.students.mlp import MLP, Activation, check_size
 
+Pieces = Tensor | Sequence[Tensor]  # points (b, d) of every segment, b need not be the same; a tensor is (m, b, d)
+
 _ORTHONORMAL = 1e-5  # entries of axes^T axes - 1; a float32 file leaves about 1e-7
 
 
@@ -168,23 +170,23 @@ class FlowStudent(nn.Module):
             x = self.segment(i, x)
         return x
 
-    def losses(self, x_from: Tensor, x_to: Tensor) -> Tensor:
+    def losses(self, x_from: Pieces, x_to: Pieces) -> Tensor:
         """Mean squared error of the networks' outputs on teacher pairs: of F in units of scale, or of x when plain.
 
         Args:
-            x_from: (m, b, d), row i at the start of segment i. x_to: (m, b, d), where the teacher carries them.
+            x_from: (b, d) for each segment, at its start; b may differ. x_to: likewise, where the teacher carries them.
 
         Returns:
             (m,), differentiable with respect to the weights.
         """
-        x_from, x_to = x_from.to(self.center.dtype), x_to.to(self.center.dtype)
-        inputs = [self._inputs(i, x) for i, x in enumerate(x_from)]
+        segments = zip(range(self.n_segments), x_from, x_to, strict=True)
+        inputs, targets = zip(*(self.network_pair(*segment) for segment in segments), strict=True)
         if self.shared:
-            out: Tensor = self._network(0)(torch.stack(inputs))
+            out: Tensor = self._network(0)(torch.cat(inputs))
         else:
-            out = torch.stack([self._network(i)(x) for i, x in enumerate(inputs)])
-        target = torch.stack([self._output_for(i, x_from[i], x_to[i]) for i in range(self.n_segments)])
-        return (out - target).square().mean((1, 2))
+            out = torch.cat([self._network(i)(x) for i, x in enumerate(inputs)])
+        errors = (out - torch.cat(targets)).square().split([len(x) for x in inputs])
+        return torch.stack([error.mean() for error in errors])
 
     def network_pair(self, i: int, x_from: Tensor, x_to: Tensor) -> tuple[Tensor, Tensor]:
         """What the network of segment i is to answer, and to what, when the teacher carries x_from to x_to.
