@@ -3,8 +3,8 @@
 Students of the exact flow over [0, 1] (k = 20, d = 64, std = 1), MLPs of width 512 with 4 hidden layers, 1,024 fresh
 teacher pairs per optimiser step in all: a shared network on n segments splits them, separate networks split the steps.
 Errors are composed relative squared errors on 50,000 fresh points. Appends a line per run to
-`bench/results/recipes-cpu.jsonl`; runs that stand there are not repeated. One process, one thread. With `--table` it
-prints what stands there as the tables of docs/students.md.
+`bench/results/recipes-cpu.jsonl` (`--device cuda`: `recipes-cuda.jsonl`); runs that stand there are not repeated. One
+process, one thread. With `--table` it prints what stands there as the tables of docs/students.md.
 """
 
 from __future__ import annotations
@@ -113,27 +113,29 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names within the sets, such as 'n = 1'")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; none is the set's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, with a file of its own")
     parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/recipes-cpu.jsonl"))
+    parser.add_argument("--out", type=Path, help="none is bench/results/recipes-DEVICE.jsonl")
     options = parser.parse_args()
+    out = options.out or Path(f"bench/results/recipes-{options.device}.jsonl")
     unknown = sorted(set(options.sets) - set(TRIALS))
     if unknown:
         parser.error(f"sets must be of {known}; got {', '.join(unknown)}")
     if options.table:
-        print(tables(rows_of(options.out)))
+        print(tables(rows_of(out)))
         return
     torch.set_num_threads(1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     about = {"processor": processor(), **machine(), "versions": versions()}
     for group in options.sets:
         for name, trial in TRIALS[group].items():
             if options.only and name not in options.only:
                 continue
             settings = settings_of(group, name, trial, options.steps or STEPS[group], options.seed)
-            if any(settings.items() <= row.items() for row in rows_of(options.out)):
+            if any(settings.items() <= row.items() for row in rows_of(out)):
                 continue
-            found = run(trial, settings["steps"], options.seed)
-            with options.out.open("a") as file:
+            found = run(trial, settings["steps"], options.seed, options.device)
+            with out.open("a") as file:
                 file.write(json.dumps({**settings, **found, **about}) + "\n")
             print(f"{group}, {name}: {found['composed']:.5f} in {found['seconds']} s", flush=True)
 
@@ -201,10 +203,10 @@ def sized(trial: Trial, steps: int) -> Recipe:
     return replace(trial.recipe, steps=steps // n, batch_size=PAIRS)
 
 
-def run(trial: Trial, steps: int, seed: int) -> dict[str, Any]:
+def run(trial: Trial, steps: int, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Train and measure: errors, processor and wall seconds of the training."""
-    mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0), OUProcess(5.0)
-    times = time_grid(mixture, process, trial.segments, kind=trial.grid)
+    mixture, process = GaussianMixture.random(20, 64, std=1.0, seed=0).to(device), OUProcess(5.0)
+    times = time_grid(mixture, process, trial.segments, kind=trial.grid).cpu()
     wall, begin = time.perf_counter(), time.process_time()
     recipe = sized(trial, steps)
     if trial.loop is None:
@@ -221,7 +223,7 @@ def measured(
     student: FlowStudent, mixture: GaussianMixture, process: OUProcess, times: Tensor, points: int
 ) -> Evaluation:
     """Errors of the student along exact trajectories from fresh noise."""
-    generator = torch.Generator().manual_seed(1_000_003)  # far from the seeds of the trainings
+    generator = torch.Generator(mixture.device).manual_seed(1_000_003)  # far from the seeds of the trainings
     path = [process.marginal(mixture, float(times[0])).sample(points, generator=generator)]
     for t_from, t_to in zip(times.tolist(), times.tolist()[1:], strict=False):
         path.append(flow_map(path[-1], mixture, process, t_from, t_to))
