@@ -229,6 +229,7 @@ def _run(folder: Path, call: dict[str, Any]) -> NoReturn:
     os.environ["FLOWFAST_TEST_RULE"] = " ".join(map(str, call.pop("workers_rule")))
     engines._START = call.pop("start", "spawn")
     multiprocessing.set_forkserver_preload(["faults"])
+    engines._HANDS = call.pop("hands", 1)  # with one, shards are written in turn, and calls come in one order
     torch.set_num_threads(call.pop("threads", 1))
     code: Any = 1
     try:

@@ -23,7 +23,7 @@ from flowfast import GaussianMixture, OUProcess
 from flowfast.cli import estimate, main
 from flowfast.dataset import TeacherDataset, engines, generate_dataset, shards
 from flowfast.dataset.addresses import open_store
-from flowfast.dataset.generate import ShardsFailed, carry_out, make_plan
+from flowfast.dataset.generate import ShardsFailed, carry_out, check_claim, make_plan
 from flowfast.dataset.maker import Maker
 from flowfast.dataset.plan import Plan, RandomTimes
 from flowfast.dataset.receipts import Receipt, missing_shards, receipt_name, write_manifest
@@ -249,6 +249,15 @@ test_dataset.generate(sys.argv[1], rows=160, progress=slow)
 """
 
 
+def test_a_folder_that_someone_claims_at_the_same_moment(tmp_path, monkeypatch):
+    """The plan appears between two looks: the folder is the set's, and not one with foreign files."""
+    generate(tmp_path)
+    store, answers = LocalStore(tmp_path), [None]
+    size = store.size
+    monkeypatch.setattr(store, "size", lambda name: answers.pop() if answers else size(name))
+    assert check_claim(store, plan()) and not answers
+
+
 def test_killed_and_called_again(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "set")]
@@ -259,7 +268,7 @@ def test_killed_and_called_again(tmp_path):
                 break
     assert process.wait() == -signal.SIGKILL
     stood = len(list((tmp_path / "set" / "receipts").glob("shard-*")))
-    assert 3 <= stood < 40
+    assert 2 <= stood < 40  # four shards are computed; two hands may still hold two of them
     with pytest.raises(ValueError, match=f"incomplete, {40 - stood} of 40 shards are missing"):
         TeacherDataset(tmp_path / "set")
     seen = []

@@ -101,7 +101,7 @@ def test_killed_at_random_moments(one: Stage, tmp_path: Path, whole: dict[str, s
     while killed < KILLS * 3 // 5:
         path, folders = tmp_path / str(folders), folders + 1
         for _ in range(4):
-            run = one.start(path, **SET)
+            run = one.start(path, **SET, hands=2)
             time.sleep(chance.uniform(0.0, needed))
             os.kill(run, signal.SIGKILL)
             killed += one.wait(run).code == -signal.SIGKILL
@@ -199,7 +199,7 @@ def test_divided_by_rank_and_resumed_by_others(one: Stage, tmp_path: Path, whole
 def test_several_runs_on_one_folder_at_once(one: Stage, tmp_path: Path, whole: dict[str, str]) -> None:
     for turn in range(5):
         path = tmp_path / str(turn)
-        runs = [one.start(path, **SET) for _ in range(3)]
+        runs = [one.start(path, **SET, hands=2) for _ in range(3)]
         assert [one.wait(run).error for run in runs] == ["", "", ""]
         assert digests(path) == whole
 

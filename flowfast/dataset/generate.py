@@ -229,9 +229,10 @@ def check_claim(store: Store, plan: Plan) -> bool:
                 foreign = [name for name in store.list("") if not is_part(name)]
             except NotADirectoryError as error:
                 raise ValueError(f"path must be a folder; {store.location} is a file: choose another name") from error
-            if foreign:
+            if not foreign:
+                return False
+            if store.size(PLAN) is None:  # otherwise someone has just claimed it
                 raise ValueError(f"path {store.location} is not empty and holds no teacher set: choose another folder")
-            return False
         differing = differences(read_plan(store).to_dict(), plan.to_dict())
         if differing:
             raise ValueError(f"path {store.location} holds another teacher set ({differing}): choose another folder")
