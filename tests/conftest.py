@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,3 +20,14 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     """Let pyproject's `timeout` be known, and without effect, where pytest-timeout is not there."""
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds a test may take (needs pytest-timeout)")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of torch: products this small only make threads wait for each other, for minutes on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

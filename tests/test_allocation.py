@@ -25,13 +25,7 @@ RECIPE = Recipe(steps=40, batch_size=16, width=16, depth=2, allocation="by-loss"
 EQUAL = replace(RECIPE, allocation="equal")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

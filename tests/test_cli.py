@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_job import SETTINGS, finished, one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_job import SETTINGS, finished
 
 from flowfast import cli, doctor
 from flowfast.experiments import JobResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--rows 64 --evaluation-rows 32 --steps 20 --width 8 --segments 2 --grid balanced measured".split()

@@ -28,13 +28,7 @@ SMALL = Recipe(steps=40, batch_size=8, width=16, depth=2)
 LONG = replace(SMALL, steps=600)  # not finished before a signal sent at step 120 arrives
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mixture(k: int = 3, d: int = 2, std: float = 0.5) -> GaussianMixture:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_job import IMAGES, MIXTURE, PROCESS, SETTINGS, finished, one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_job import IMAGES, MIXTURE, PROCESS, SETTINGS, finished
 
 from flowfast import GaussianMixture, TeacherDataset, flow_map, posterior_weights
 from flowfast.distillation import Recipe
@@ -35,6 +35,8 @@ from flowfast.experiments.settings import STORED
 from flowfast.metrics import relative_mse
 from flowfast.storage import read_tensors
 from flowfast.students import FlowStudent
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 TIMED = {"seconds", "data_seconds", "training_seconds", "evaluation_seconds", "teacher_seconds", "student_seconds"}

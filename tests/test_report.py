@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_job import IMAGES, SETTINGS, finished, one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_job import IMAGES, SETTINGS, finished
 
 from flowfast.experiments import JobSettings
 from flowfast.report import figures, numbers, pictures, write_report
 from flowfast.storage import read_json, write_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import pytest
-import torch
 
 from flowfast import GaussianMixture, OUProcess
 from flowfast.distillation import Recipe
@@ -36,12 +32,3 @@ _PLACE = TemporaryDirectory(prefix="flowfast-tiny-")  # removed when the test se
 def finished(settings: JobSettings = SETTINGS) -> JobResult:
     """The finished job, run once per test session; tests that write into a folder copy it."""
     return run_job(MIXTURE, PROCESS, settings, Path(_PLACE.name) / settings.name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small train a hundred times slower when two threads of a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
